@@ -1,0 +1,36 @@
+# Everything here sets up what it needs: a virtual environment in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SECONDS ?= 3600
+
+.PHONY: demo test test-slow lint bench soak clean
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,lint]'
+	touch $@
+
+demo: $(STAMP)            ## three nodes in a temporary folder, converging before your eyes
+	$(BIN)/harmonylite demo
+
+test: $(STAMP)            ## the quick tests; no root, no network
+	$(BIN)/python -m pytest -m 'not slow' -n 2
+
+test-slow: $(STAMP)       ## long simulations and fault tests with real processes
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)            ## ruff and mypy, strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)           ## the figures in README.md and docs/performance.md; writes bench-results.json
+	$(BIN)/python -m benchmarks --json bench-results.json
+
+soak: $(STAMP)            ## generated histories for SECONDS seconds (default one hour)
+	$(BIN)/python -m tests.sim.soak --seconds $(SECONDS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
