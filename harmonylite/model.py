@@ -10,13 +10,17 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
-class RawText(bytes):
-    """A TEXT value whose bytes are not valid UTF-8. SQLite stores such text; Python's str cannot hold it."""
+@dataclass(frozen=True, slots=True)
+class RawText:
+    """A TEXT value whose bytes are not valid UTF-8. SQLite stores such text; Python's str cannot hold it.
 
-    __slots__ = ()
+    Not a subclass of bytes: where it is forgotten, binding it fails, instead of storing a BLOB.
+    """
 
-    def __repr__(self) -> str:
-        return f"RawText({bytes(self)!r})"
+    data: bytes
+
+    def __bytes__(self) -> bytes:
+        return self.data
 
 
 # One SQLite value: INTEGER, REAL, TEXT, BLOB (bytes), NULL, or TEXT that is not UTF-8.
@@ -76,7 +80,7 @@ class TableChanges:
 class Group:
     """Whole transactions of one publisher, as one unit: it is applied in one SQLite transaction.
 
-    `number` grows with every group that a publisher makes, also over restarts.
+    `number` is different for every group that a publisher makes, also over restarts.
     """
 
     publisher: int

@@ -1,0 +1,169 @@
+"""What other nodes wrote takes effect here: versions compared in SQL, winners written, position stored, all in
+one write transaction of the caller.
+
+The fast way handles whole groups with a few statements. Whatever is out of the ordinary (a clash, a concurrent
+edit, other columns, a row that does not fit) makes it step back, and `resolve` goes through that group row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+
+import apsw
+
+from harmonylite.db.capture import collate, key_columns
+from harmonylite.db.resolve import MISFIT, Context, Resolver
+from harmonylite.db.schema import Schema, Table
+from harmonylite.db.sql import columns_sql, normal, quote, version_table
+from harmonylite.model import Group, Row, Stamp, TableChanges
+
+_SAVEPOINT = "__harmonylite__group"
+
+
+class OutOfTheOrdinaryError(Exception):
+    """The fast way does not cover this group."""
+
+
+class _Statements:
+    """The fast statements of one table, for messages that carry exactly its columns, in any order."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self.columns = {normal(name) for name in table.column_names}
+        self._key = [normal(name) for name in table.key_names]
+        keys, version = key_columns(table), version_table(table.name)
+        width = len(table.key)
+        marks = ", ".join(f"?{i + 1}" for i in range(width + 6))
+        # A row whose writer had not seen the live one here is a conflict: left out, so that `resolve` logs it.
+        self.compare = (
+            f"INSERT INTO {version} AS v ({keys}, ts, node, rank, base_ts, base_node, deleted) VALUES ({marks})"
+            f" ON CONFLICT ({keys}) DO UPDATE SET ts = excluded.ts, node = excluded.node, rank = excluded.rank,"
+            " base_ts = excluded.base_ts, base_node = excluded.base_node, deleted = excluded.deleted,"
+            " batch = NULL, settled_ms = NULL"
+            " WHERE (excluded.ts, excluded.node, excluded.rank) > (v.ts, v.node, v.rank)"
+            " AND (v.deleted OR (v.ts, v.node) <= (excluded.base_ts, excluded.base_node))"
+            f" RETURNING ?{width + 7}"
+        )
+        where = " AND ".join(f"{quote(part.name)} = ?{collate(part)}" for part in table.key)
+        self.delete = f"DELETE FROM {quote(table.name)} WHERE {where}"
+        self.locate = f"SELECT ts, node, rank, base_ts, base_node, deleted FROM {version} WHERE " + " AND ".join(
+            f"k{i} = ?" for i in range(width)
+        )
+
+    def fits(self, changes: TableChanges) -> bool:
+        return (
+            len(changes.columns) == len(self.columns)
+            and all(normal(name) in self.columns for name in changes.columns)
+            and [normal(name) for name in changes.key] == self._key
+        )
+
+    def write(self, columns: Sequence[str]) -> str:
+        """UPSERT of whole rows; OR ABORT overrides the conflict clauses of the schema, which could swallow a row."""
+        table = self.table
+        marks = ", ".join("?" for _ in columns)
+        assignments = ", ".join(f"{quote(name)} = excluded.{quote(name)}" for name in columns)
+        return (
+            f"INSERT OR ABORT INTO {quote(table.name)} ({columns_sql(columns)}) VALUES ({marks})"
+            f" ON CONFLICT ({columns_sql(table.key_names)}) DO UPDATE SET {assignments}"
+        )
+
+
+class Applier:
+    """Applies groups to the database of one connection. Built anew when the schema changes."""
+
+    def __init__(self, connection: apsw.Connection, schema: Schema) -> None:
+        self._connection = connection
+        self._statements = {name: _Statements(table) for name, table in schema.tables.items()}
+
+    def fast(self, group: Group, context: Context, limit_ms: int) -> None:
+        """Apply a group of ordinary changes. Raises OutOfTheOrdinaryError or apsw.Error, with the group half
+        applied: the caller rolls back and uses `careful`."""
+        for changes in group.tables:
+            statements = self._statements.get(normal(changes.table))
+            if statements is None or not statements.fits(changes):
+                raise OutOfTheOrdinaryError(changes.table)
+            table = statements.table.name
+            if table in context.sparse_tables or table in context.recorder.parked_tables:
+                raise OutOfTheOrdinaryError(changes.table)
+            # Deletes first: a unique value may have moved from a deleted row to a new one.
+            if changes.deleted:
+                won = self._compare(statements, changes.deleted, changes.deleted_stamps, 1, limit_ms)
+                self._connection.executemany(statements.delete, won)
+                context.applied += len(won)
+            if changes.rows:
+                pick = _picker(changes.columns, changes.key)
+                won_rows = self._compare_live(statements, changes, pick, limit_ms)
+                self._connection.executemany(statements.write(changes.columns), won_rows)
+                context.applied += len(won_rows)
+
+    def careful(self, group: Group, context: Context, limit_ms: int) -> None:
+        """Apply a group the fast way if that works, row by row otherwise."""
+        self._connection.execute(f"SAVEPOINT {_SAVEPOINT}")
+        applied = context.applied
+        try:
+            self.fast(group, context, limit_ms)
+        except (OutOfTheOrdinaryError, TypeError, *MISFIT):  # TypeError: apsw cannot bind a RawText
+            context.applied = applied
+            self._connection.execute(f"ROLLBACK TO {_SAVEPOINT}")
+            resolver = Resolver(self._connection, context, limit_ms)
+            for changes in group.tables:
+                resolver.apply(changes)
+        self._connection.execute(f"RELEASE {_SAVEPOINT}")
+
+    def _compare_live(
+        self, statements: _Statements, changes: TableChanges, pick: Callable[[Row], Row], limit_ms: int
+    ) -> Sequence[Row]:
+        keys = list(map(pick, changes.rows))
+        won = self._winners(statements, keys, changes.row_stamps, 0, limit_ms)
+        if len(won) == len(keys):
+            return changes.rows
+        self._check_losers(statements, changes, keys, won)
+        return [changes.rows[index] for index in won]
+
+    def _compare(
+        self, statements: _Statements, keys: Sequence[Row], stamps: Sequence[Stamp], deleted: int, limit_ms: int
+    ) -> Sequence[Row]:
+        won = self._winners(statements, keys, stamps, deleted, limit_ms)
+        if len(won) == len(keys):
+            return keys
+        lost = set(range(len(keys))).difference(won)
+        for index in lost:
+            self._check_old(statements, keys[index], stamps[index], deleted)
+        return [keys[index] for index in won]
+
+    def _winners(
+        self, statements: _Statements, keys: Sequence[Row], stamps: Sequence[Stamp], deleted: int, limit_ms: int
+    ) -> list[int]:
+        """Store the versions that win; returns the indexes of their rows."""
+        if max(map(itemgetter(0), stamps)) > limit_ms or min(map(itemgetter(0), stamps)) <= 0:
+            raise OutOfTheOrdinaryError("a version with an impossible time")
+        bindings = [(*key, *stamp, deleted, index) for index, (key, stamp) in enumerate(zip(keys, stamps, strict=True))]
+        return [row[0] for row in self._connection.executemany(statements.compare, bindings)]
+
+    def _check_losers(
+        self, statements: _Statements, changes: TableChanges, keys: Sequence[Row], won: Sequence[int]
+    ) -> None:
+        for index in set(range(len(keys))).difference(won):
+            self._check_old(statements, keys[index], changes.row_stamps[index], 0)
+
+    def _check_old(self, statements: _Statements, key: Row, stamp: Stamp, deleted: int) -> None:
+        """A row that did not win is ordinary if it is the very write that is here, or one its writer had seen.
+
+        An equal version with other content is the mark of a cloned card or a restored backup: rare, but only the
+        careful way compares contents, so equal versions of live rows always go there.
+        """
+        for ts, node, rank, base_ts, base_node, local_deleted in self._connection.execute(statements.locate, key):
+            if stamp[:3] < (ts, node, rank) and (stamp[:2] <= (base_ts, base_node) or deleted):
+                return
+            if stamp[:3] == (ts, node, rank) and deleted and local_deleted:
+                return
+        raise OutOfTheOrdinaryError(statements.table.name)
+
+
+def _picker(columns: Sequence[str], key: Sequence[str]) -> Callable[[Row], Row]:
+    """Takes the key out of a row, as a tuple."""
+    positions = [columns.index(name) for name in key]
+    if len(positions) == 1:
+        return itemgetter(slice(positions[0], positions[0] + 1))
+    return itemgetter(*positions)

@@ -1,0 +1,206 @@
+"""Brings our tables and triggers in line with the application's schema: at start, and whenever it changes.
+
+Everything happens inside one write transaction of the caller, so that at no moment a trigger stands without its
+log. Running it again changes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import apsw
+
+from harmonylite.db import capture, schema, tables, versions
+from harmonylite.db.schema import Schema, Table
+from harmonylite.db.sql import PREFIX, integer, log_table, normal, quote, rows, scalar, version_table
+from harmonylite.db.tables import State
+
+log = logging.getLogger(__name__)
+
+_KINDS = ("insert", "update", "rekey", "delete", "evict_insert", "evict_update")
+
+# The columns of version tables and change logs besides the key.
+_VERSION_COLUMNS = ("ts", "node", "rank", "deleted", "batch", "base_ts", "base_node", "settled_ms")
+_LOG_COLUMNS = ("ts", "op")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Which tables are replicated, and whether this node publishes (if not, it has no triggers at all)."""
+
+    node_id: int
+    publish: bool
+    include: Sequence[str]
+    exclude: Sequence[str]
+
+
+def install(connection: apsw.Connection, settings: Settings, state: State) -> tuple[Schema, State]:
+    """Returns the schema as it is now replicated, and the state to be saved."""
+    found = schema.load(connection, settings.include, settings.exclude)
+    _follow_renames(connection)
+    everything = schema.load(connection)
+    known: dict[str, str] = dict(rows(connection, f"SELECT name, definition FROM {tables.TABLE}"))
+    _forget_dropped(connection, known, everything)
+    state = _absorb_leftovers(connection, everything, known, settings.node_id, state)
+    lost = _rebuild_damaged(connection, found, known)
+    versions.create_tables(connection, found.tables.values(), with_logs=settings.publish)
+    state = replace(state, batch=max([state.batch, *(_newest_batch(connection, t) for t in found.tables.values())]))
+    off = _fix_triggers(connection, found if settings.publish else replace(found, tables={}))
+    if not settings.publish:
+        off = frozenset()
+        for table in everything.tables.values():
+            capture.drop_log(connection, table.name)
+    for table in found.tables.values():
+        key = normal(table.name)
+        if settings.publish and (key in lost or (key in off and _name(known, table) is not None)):
+            state = _recapture(connection, table, settings.node_id, state)
+        connection.execute(
+            f"INSERT INTO {tables.TABLE} VALUES (?, ?)"
+            " ON CONFLICT (name) DO UPDATE SET definition = excluded.definition",
+            (table.name, capture.definition(table)),
+        )
+    if lost:
+        # The versions are gone: only the stream can say again what they were.
+        connection.execute(f"DELETE FROM {tables.POSITION}")
+    return replace(found, cookie=schema.schema_cookie(connection)), state
+
+
+def _name(known: dict[str, str], table: Table) -> str | None:
+    return next((name for name in known if normal(name) == normal(table.name)), None)
+
+
+def _follow_renames(connection: apsw.Connection) -> None:
+    """After ALTER TABLE .. RENAME our triggers are on the new table under the old name; move our tables along."""
+    moved = {
+        old: on
+        for name, (on, _) in capture.installed(connection).triggers.items()
+        if (old := _table_of_trigger(name)) and normal(old) != normal(on)
+    }
+    for old, new in moved.items():
+        if scalar(connection, "SELECT 1 FROM sqlite_schema WHERE type = 'table' AND lower(name) = lower(?)", (old,)):
+            continue  # a new table has the old name; `_fix_triggers` gives both what they need
+        log.info("table renamed by the application", extra={"fields": {"from": old, "to": new}})
+        capture.drop_triggers(connection, [f"{PREFIX}{old}_{kind}" for kind in _KINDS])
+        for of in (log_table, version_table):
+            if _exists(connection, of(old)) and not _exists(connection, of(new)):
+                connection.execute(f"ALTER TABLE {of(old)} RENAME TO {of(new)}")
+        for suffix in ("pending", "tombstones"):
+            connection.execute(f"DROP INDEX IF EXISTS {quote(f'{PREFIX}{old}_{suffix}')}")
+        connection.execute(f"UPDATE OR REPLACE {tables.TABLE} SET name = ? WHERE name = ?", (new, old))
+
+
+def _table_of_trigger(name: str) -> str | None:
+    for kind in _KINDS:
+        if name.endswith(f"_{kind}") and (kind not in ("insert", "update") or not name.endswith(f"_evict_{kind}")):
+            return name[len(PREFIX) : -len(kind) - 1]
+    return None
+
+
+def _exists(connection: apsw.Connection, quoted: str) -> bool:
+    return bool(rows(connection, f"PRAGMA table_info({quoted})"))
+
+
+def _forget_dropped(connection: apsw.Connection, known: dict[str, str], everything: Schema) -> None:
+    for name in list(known):
+        if everything.table(name) is None:
+            log.info("table no longer replicated: it was dropped or lost its key", extra={"fields": {"table": name}})
+            mine = [t for t in capture.installed(connection).triggers if _table_of_trigger(t) == name]
+            capture.drop_triggers(connection, mine)
+            _drop_tables_of(connection, name)
+            connection.execute(f"DELETE FROM {tables.TABLE} WHERE name = ?", (name,))
+            del known[name]
+
+
+def _drop_tables_of(connection: apsw.Connection, name: str) -> None:
+    connection.execute(f"DROP TABLE IF EXISTS {log_table(name)}")
+    connection.execute(f"DROP TABLE IF EXISTS {version_table(name)}")
+
+
+def _absorb_leftovers(
+    connection: apsw.Connection, everything: Schema, known: dict[str, str], node_id: int, state: State
+) -> State:
+    """Take over what the logs hold before any of them may be dropped."""
+    intact = {
+        key: table
+        for key, table in everything.tables.items()
+        if known.get(_name(known, table) or "") == capture.definition(table)
+        and _has_columns(connection, log_table(table.name), table, _LOG_COLUMNS)
+        and _has_columns(connection, version_table(table.name), table, _VERSION_COLUMNS)
+    }
+    absorber = versions.Absorber(replace(everything, tables=intact), node_id)
+    _, state = absorber.absorb(connection, state, bound_ms=versions.UNBOUNDED_MS, limit=versions.UNBOUNDED_MS)
+    return state
+
+
+def _has_columns(connection: apsw.Connection, quoted: str, table: Table, wanted: Iterable[str]) -> bool:
+    there = {row[1] for row in rows(connection, f"PRAGMA table_info({quoted})")}
+    return there >= {*wanted, *(f"k{i}" for i in range(len(table.key)))}
+
+
+def _rebuild_damaged(connection: apsw.Connection, found: Schema, known: dict[str, str]) -> frozenset[str]:
+    """Drop our tables that do not fit the table any more. Returns the tables whose versions are lost by that."""
+    lost = set()
+    for key, table in found.tables.items():
+        name = _name(known, table)
+        if name is None:
+            _drop_tables_of(connection, table.name)  # leftovers of an earlier table of this name
+            continue
+        fits = known[name] == capture.definition(table)
+        if not fits or not _has_columns(connection, version_table(table.name), table, _VERSION_COLUMNS):
+            log.warning(
+                "version table rebuilt: every row of the table is published again, at its lowest version",
+                extra={"fields": {"table": table.name, "reason": "key changed" if not fits else "damaged"}},
+            )
+            _drop_tables_of(connection, table.name)
+            lost.add(key)
+        elif not _has_columns(connection, log_table(table.name), table, _LOG_COLUMNS):
+            connection.execute(f"DROP TABLE IF EXISTS {log_table(table.name)}")
+    return frozenset(lost)
+
+
+def _newest_batch(connection: apsw.Connection, table: Table) -> int:
+    return integer(connection, f"SELECT max(batch) FROM {version_table(table.name)} WHERE batch IS NOT NULL")
+
+
+def _fix_triggers(connection: apsw.Connection, found: Schema) -> frozenset[str]:
+    """Make our triggers exactly those that `found` needs. Returns the tables that had none or not all of them."""
+    there = capture.installed(connection).triggers
+    wanted = {t.name: (t, key) for key, table in found.tables.items() for t in capture.triggers(table)}
+    capture.drop_triggers(
+        connection, [name for name, (_, sql) in there.items() if name not in wanted or sql != wanted[name][0].sql]
+    )
+    off = set()
+    for name, (trigger, key) in wanted.items():
+        if name not in there or normal(there[name][0]) != key:
+            off.add(key)
+        if name not in there or there[name][1] != trigger.sql:
+            connection.execute(trigger.sql)
+    return frozenset(off)
+
+
+def _recapture(connection: apsw.Connection, table: Table, node_id: int, state: State) -> State:
+    batch = state.batch + 1
+    changed = versions.recapture(connection, table, node_id=node_id, batch=batch, published=state.published_batch)
+    log.warning(
+        "capture was off for this table: all its rows are published again, at the versions they had",
+        extra={"fields": {"table": table.name, "rows": changed}},
+    )
+    return replace(state, batch=batch)
+
+
+def uninstall(connection: apsw.Connection, *, everything: bool) -> int:
+    """Remove our triggers and change logs, which must have been absorbed; `everything`: every table of ours.
+
+    Returns the number of tables that were captured.
+    """
+    there = capture.installed(connection)
+    capture.drop_triggers(connection, list(there.triggers))
+    names = [name for (name,) in rows(connection, f"SELECT name FROM {tables.TABLE}")]
+    for name in names:
+        capture.drop_log(connection, name)
+    if everything:
+        for name in capture.installed(connection).tables:
+            connection.execute(f"DROP TABLE IF EXISTS {quote(name)}")
+    return len(names)

@@ -1,0 +1,201 @@
+"""Pending rows as groups of whole transactions, read from one consistent view of the database.
+
+The view must be one in which every change log is empty: only then is no row newer than its version.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, count, islice
+from sys import getsizeof
+
+import apsw
+
+from harmonylite.db import tables
+from harmonylite.db.capture import key_columns, key_match
+from harmonylite.db.schema import Schema, Table
+from harmonylite.db.sql import quote, rows, version_table
+from harmonylite.model import Group, RawText, Row, Stamp, TableChanges, Value
+
+# Rows are measured and handed on in chunks of this many.
+CHUNK_ROWS = 500
+
+_STAMP = "v.ts, v.node, v.rank, v.base_ts, v.base_node"
+_STAMP_WIDTH = 5
+
+
+@dataclass(frozen=True, slots=True)
+class OutgoingGroup:
+    """A group to publish. Once it and all before it are acknowledged, batches up to `through` are published.
+
+    torn: a transaction was larger than `max_transaction_bytes` and had to be cut (logged and counted).
+    """
+
+    group: Group
+    through: int
+    torn: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Batches lo..hi that go into one group."""
+
+    lo: int
+    hi: int
+
+
+@dataclass(slots=True)
+class _Part:
+    rows: list[Row] = field(default_factory=list)
+    row_stamps: list[Stamp] = field(default_factory=list)
+    deleted: list[Row] = field(default_factory=list)
+    deleted_stamps: list[Stamp] = field(default_factory=list)
+
+
+class Outbox:
+    """Reads one table after the other; knows nothing of connections or transactions, which the caller has."""
+
+    def __init__(self, schema: Schema, node_id: int, *, group_rows: int, max_bytes: int) -> None:
+        self._schema = schema
+        self._node_id = node_id
+        self._group_rows = group_rows
+        self._max_bytes = max_bytes
+        self._readers = tuple(_Reader(table) for table in schema.tables.values())
+        # Random, so that a group cut short by a crash is never continued by another of the same number.
+        self._numbers = count(secrets.randbits(62))
+
+    def groups(self, connection: apsw.Connection, published: int) -> Iterator[OutgoingGroup]:
+        """All that is pending in the connection's view, oldest first."""
+        readers = [reader for reader in self._readers if reader.has_pending(connection, published)]
+        for span in self._spans(connection, readers, published):
+            yield from self._read(connection, readers, span)
+
+    def _spans(self, connection: apsw.Connection, readers: Sequence[_Reader], published: int) -> Iterator[Span]:
+        """Cut the pending batches into groups: about `group_rows` rows each, never between joined batches."""
+        sizes: dict[int, int] = {}
+        for reader in readers:
+            for batch, number in rows(connection, reader.sizes, (published,)):
+                sizes[batch] = sizes.get(batch, 0) + number
+        joins = rows(connection, f"SELECT lo, hi FROM {tables.JOIN} WHERE hi > ? ORDER BY lo", (published,))
+        lo = hi = total = 0
+        joined_to = 0
+        for batch in sorted(sizes):
+            if lo and total >= self._group_rows and batch > joined_to:
+                yield Span(lo, hi)
+                lo = total = 0
+            lo, hi, total = lo or batch, batch, total + sizes[batch]
+            joined_to = max([joined_to, *(high for low, high in joins if low <= batch <= high)])
+        if lo:
+            yield Span(lo, hi)
+
+    def _read(self, connection: apsw.Connection, readers: Sequence[_Reader], span: Span) -> Iterator[OutgoingGroup]:
+        """One group, or several if the span is larger than `max_bytes`; only the last completes the span."""
+        parts: dict[str, tuple[_Reader, _Part]] = {}
+        size = 0
+        for reader in readers:
+            for live, chunk, chunk_size in reader.chunks(connection, span):
+                if size and size + chunk_size > self._max_bytes:
+                    yield OutgoingGroup(self._group(parts), span.lo - 1, torn=True)
+                    parts, size = {}, 0
+                size += chunk_size
+                part = parts.setdefault(reader.table.name, (reader, _Part()))[1]
+                stamps = [Stamp._make(row[:_STAMP_WIDTH]) for row in chunk]
+                values = [row[_STAMP_WIDTH:] for row in chunk]
+                (part.rows if live else part.deleted).extend(values)
+                (part.row_stamps if live else part.deleted_stamps).extend(stamps)
+        yield OutgoingGroup(self._group(parts), span.hi)
+
+    def _group(self, parts: dict[str, tuple[_Reader, _Part]]) -> Group:
+        changes = tuple(
+            TableChanges(
+                table=reader.table.name,
+                key=reader.table.key_names,
+                columns=reader.table.column_names,
+                rows=part.rows,
+                row_stamps=part.row_stamps,
+                deleted=part.deleted,
+                deleted_stamps=part.deleted_stamps,
+            )
+            for reader, part in parts.values()
+        )
+        return Group(self._node_id, next(self._numbers) & ((1 << 63) - 1), changes)
+
+
+class _Reader:
+    """The statements that read one table's pending rows."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        version = version_table(table.name)
+        keys = ", ".join(f"v.{name}" for name in key_columns(table).split(", "))
+        names = [quote(name) for name in table.column_names]
+        span = "v.batch BETWEEN ? AND ?"
+        self._pending = f"SELECT 1 FROM {version} WHERE batch > ? LIMIT 1"
+        self.sizes = f"SELECT batch, count(*) FROM {version} WHERE batch > ? GROUP BY batch"
+        live = f"FROM {version} AS v CROSS JOIN {quote(table.name)} AS r ON {key_match(table, 'v', 'r')}"
+        plain = ", ".join(f"r.{name}" for name in names)
+        self._live = f"SELECT {_STAMP}, {plain} {live} WHERE {span} AND v.deleted = 0"
+        typed = ", ".join(typed_sql(f"r.{name}") for name in names)
+        self._live_typed = f"SELECT {_STAMP}, {typed} {live} WHERE {span} AND v.deleted = 0"
+        gone = f"FROM {version} AS v WHERE {span} AND v.deleted = 1"
+        self._deleted = f"SELECT {_STAMP}, {keys} {gone}"
+        typed_keys = ", ".join(typed_sql(name) for name in keys.split(", "))
+        self._deleted_typed = f"SELECT {_STAMP}, {typed_keys} {gone}"
+
+    def has_pending(self, connection: apsw.Connection, published: int) -> bool:
+        return any(True for _ in connection.execute(self._pending, (published,)))
+
+    def chunks(self, connection: apsw.Connection, span: Span) -> Iterator[tuple[bool, list[Row], int]]:
+        """(live, rows with the stamp in front, bytes in memory), a chunk of CHUNK_ROWS at a time."""
+        for live, plain, typed in (
+            (False, self._deleted, self._deleted_typed),
+            (True, self._live, self._live_typed),
+        ):
+            for chunk in read_chunks(connection, plain, typed, (span.lo, span.hi), _STAMP_WIDTH):
+                yield live, chunk, sum(map(getsizeof, chain.from_iterable(chunk)))
+
+
+def read_chunks(
+    connection: apsw.Connection, plain: str, typed: str, bindings: Sequence[object], untyped: int
+) -> Iterator[list[Row]]:
+    """Rows of `plain`; from where a TEXT is not UTF-8, those of `typed`, whose first `untyped` columns are plain."""
+    done = 0
+    cursor: Iterable[tuple[Value, ...]] = connection.execute(plain, bindings)
+    remaining = iter(cursor)
+    while True:
+        try:
+            chunk = list(islice(remaining, CHUNK_ROWS))
+        except UnicodeDecodeError:
+            break
+        if not chunk:
+            return
+        done += len(chunk)
+        yield chunk
+    rest = islice(connection.execute(typed, bindings), done, None)
+    while chunk := [decode_typed(row, untyped) for row in islice(rest, CHUNK_ROWS)]:
+        yield chunk
+
+
+def typed_sql(expression: str) -> str:
+    """A value and a flag that it is TEXT, sent as bytes because apsw refuses text that is not UTF-8."""
+    return (
+        f"CASE typeof({expression}) WHEN 'text' THEN CAST({expression} AS BLOB) ELSE {expression} END,"
+        f" typeof({expression}) = 'text'"
+    )
+
+
+def decode_typed(row: Row, untyped: int = 0) -> Row:
+    """Undo `typed_sql`: RawText where the bytes are not UTF-8, str where they are."""
+    values: list[Value] = list(row[:untyped])
+    for value, is_text in zip(row[untyped::2], row[untyped + 1 :: 2], strict=True):
+        values.append(_text(value) if is_text and isinstance(value, bytes) else value)
+    return tuple(values)
+
+
+def _text(data: bytes) -> Value:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return RawText(data)

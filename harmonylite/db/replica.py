@@ -1,0 +1,490 @@
+"""One node's copy of the database: the facade over `db/`. Plain and synchronous, no thread, no clock, no network.
+
+Two connections: the writer absorbs and applies, the reader reads pinned snapshots for publishing. Each must be
+used by one thread at a time; methods say which they use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from operator import itemgetter
+from pathlib import Path
+
+import apsw
+
+from harmonylite.db import (
+    capture,
+    conflicts,
+    install,
+    orphans,
+    resolve,
+    rows,
+    side_triggers,
+    sparse,
+    sql,
+    tables,
+    versions,
+)
+from harmonylite.db.apply import Applier, OutOfTheOrdinaryError
+from harmonylite.db.conflicts import Recorder
+from harmonylite.db.outbox import Outbox, OutgoingGroup
+from harmonylite.db.resolve import MISFIT, Context
+from harmonylite.db.schema import Schema, Skipped, schema_cookie
+from harmonylite.db.sql import normal
+from harmonylite.db.tables import State
+from harmonylite.model import Delivery, Group, Position, ReceivedGroup, Row, TableChanges, Undecodable
+
+log = logging.getLogger(__name__)
+
+DAY_MS = 86_400_000
+
+# A tombstone pass forgets at most this many rows of a table in one transaction.
+PRUNE_ROWS = 2_000
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSettings:
+    """publish=False: no triggers, what the cluster says wins. group_rows: a group is closed once it holds that many
+    rows. max_transaction_bytes: a transaction larger than that is cut. tolerance_ms: how far a version may be ahead
+    of the stream's time (DESIGN 8)."""
+
+    node_id: int
+    publish: bool = True
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    group_rows: int = 512
+    max_transaction_bytes: int = 64 << 20
+    tolerance_ms: int = 60_000
+    tombstone_retention_ms: int = 90 * DAY_MS
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """rows: winners written; lock_seconds: how long the write lock was held; newest_ms: the newest version time of
+    each group, for the replication lag."""
+
+    rows: int
+    conflicts: int
+    parked: int
+    undecodable: int
+    lock_seconds: float
+    newest_ms: tuple[int, ...]
+
+
+class Replica:
+    """See the module. `now_ms` dates entries of the conflict log; it decides nothing."""
+
+    def __init__(
+        self, path: Path, settings: ReplicaSettings, now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000
+    ) -> None:
+        self._path = path
+        self._settings = settings
+        self._now_ms = now_ms
+        self._state = State()
+        self._acknowledged = 0
+        self._schema: Schema | None = None
+        self._lock_seconds = 0.0
+
+    # -- life cycle
+
+    def open(self) -> None:
+        """Open the file, install capture, take stock. Both connections belong to the threads that use them later.
+
+        Raises apsw.CantOpenError if there is no such file, apsw.BusyError if the application holds its lock,
+        ForeignDatabaseError if a newer version of this program was here.
+        """
+        self._writer = sql.open_writer(self._path)
+        try:
+            with self._transaction():
+                self._check_identity()
+            self._reader = sql.open_reader(self._path)
+        except BaseException:
+            self._writer.close()
+            raise
+
+    def close(self) -> None:
+        """Close both connections; what was not committed is undone."""
+        for name in ("_reader", "_writer"):
+            connection: apsw.Connection | None = getattr(self, name, None)
+            if connection is not None:
+                connection.close()
+
+    def _check_identity(self) -> None:
+        node_id = self._settings.node_id
+        known = tables.get_meta(self._writer, "node_id")
+        if known is not None and known != node_id:
+            log.warning("node id changed since the last start", extra={"fields": {"from": known, "to": node_id}})
+        if known != node_id:
+            tables.set_meta(self._writer, "node_id", node_id)
+
+    # -- the writer's transactions
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """A write transaction, with the schema as it is now. Adds up how long the lock was held."""
+        before = replace(self._state)
+        with sql.write_transaction(self._writer):
+            started = time.perf_counter()
+            try:
+                if self._schema is None:
+                    tables.create(self._writer)
+                    before = tables.load_state(self._writer)
+                    self._state = replace(before)
+                    self._acknowledged = max(self._acknowledged, before.published_batch)
+                if self._schema is None or schema_cookie(self._writer) != self._schema.cookie:
+                    self._install()
+                if self._acknowledged > self._state.published_batch:
+                    self._state = replace(self._state, published_batch=self._acknowledged)
+                    versions.forget_joins(self._writer, self._acknowledged)
+                yield
+                tables.save_state(self._writer, before, self._state)
+            except BaseException:
+                # The database goes back; so does all that this process believes of it.
+                self._state, self._schema = before, None
+                raise
+            finally:
+                self._lock_seconds = time.perf_counter() - started
+
+    def _install(self) -> None:
+        settings = self._settings
+        wanted = install.Settings(settings.node_id, settings.publish, settings.include, settings.exclude)
+        first = self._schema is None
+        found, self._state = install.install(self._writer, wanted, self._state)
+        if not first:
+            log.info("schema changed", extra={"fields": {"tables": len(found.tables)}})
+        self._schema = found
+        self._absorber = versions.Absorber(found, settings.node_id)
+        self._outbox = Outbox(
+            found, settings.node_id, group_rows=settings.group_rows, max_bytes=settings.max_transaction_bytes
+        )
+        self._applier = Applier(self._writer, found)
+        self._foreign_keys = orphans.load_foreign_keys(self._writer, found)
+        side_triggers.install(self._writer, frozenset(t.name for t in found.tables.values()))
+        if tables.get_meta(self._writer, "fingerprint") != found.fingerprint():
+            tables.set_meta(self._writer, "fingerprint", found.fingerprint())
+            self._retry_parked()
+
+    def _retry_parked(self) -> None:
+        context = self._context()
+        for parked in conflicts.take_parked(self._writer):
+            resolve.Resolver(self._writer, context, versions.UNBOUNDED_MS).apply(resolve.as_changes(parked))
+        self._finish(context)
+
+    def _context(self) -> Context:
+        assert self._schema is not None
+        return Context(
+            schema=self._schema,
+            recorder=Recorder(self._writer, self._now_ms()),
+            publish=self._settings.publish,
+            published=self._state.published_batch,
+            batch=self._state.batch + 1,
+            sparse_tables=sparse.tables_with_entries(self._writer),
+        )
+
+    def _finish(self, context: Context) -> None:
+        context.recorder.trim()
+        self._state = replace(
+            self._state,
+            batch=context.batch if context.batch_used else self._state.batch,
+            conflicts_total=self._state.conflicts_total + context.recorder.conflicts,
+        )
+
+    # -- what the daemon asks
+
+    @property
+    def schema(self) -> Schema:
+        assert self._schema is not None, "open() first"
+        return self._schema
+
+    @property
+    def skipped(self) -> Sequence[Skipped]:
+        return self.schema.skipped
+
+    @property
+    def lock_seconds(self) -> float:
+        """How long the last write transaction held the lock."""
+        return self._lock_seconds
+
+    @property
+    def conflicts_total(self) -> int:
+        return self._state.conflicts_total
+
+    def position(self, stream: str) -> Position | None:
+        """Writer. How far the stream was applied."""
+        return tables.load_position(self._writer, stream)
+
+    def pending(self) -> int:
+        """Reader. Rows that are not acknowledged yet: absorbed ones, and changes still in the logs."""
+        with sql.snapshot(self._reader):
+            total = versions.count_pending(self._reader, self.schema, self._published())
+            if self._settings.publish:
+                total += versions.count_logged(self._reader, self.schema)
+            return total
+
+    def parked(self) -> int:
+        """Reader."""
+        return sql.integer(self._reader, f"SELECT count(*) FROM {tables.PARKED}")
+
+    def unkeyed(self) -> int:
+        """Reader. Rows with NULL in their key, which cannot be replicated."""
+        return capture.count_unkeyed(self._reader, self.schema)
+
+    # -- publishing
+
+    def absorb(self, bound_ms: int | None = None) -> int:
+        """Writer. One short write transaction that moves the change logs into the version tables.
+
+        bound_ms: the latest time that a write may claim (DESIGN 8); None: the server's time is not known.
+        Returns the number of log rows taken; more may be left when the log is large.
+        """
+        if not self.has_log():
+            return 0
+        with self._transaction():
+            return self._absorb(bound_ms)[0]
+
+    def has_log(self) -> bool:
+        """Writer. Whether there is anything to absorb; takes no lock."""
+        return self._schema is None or (self._settings.publish and self._absorber.has_log(self._writer))
+
+    def _absorb(self, bound_ms: int | None) -> tuple[int, bool]:
+        if not self._settings.publish:
+            return 0, True
+        bound = versions.UNBOUNDED_MS if bound_ms is None else bound_ms
+        absorbed, self._state = self._absorber.absorb(self._writer, self._state, bound_ms=bound)
+        return absorbed.rows, absorbed.drained
+
+    def outgoing(self, after: int = 0) -> Iterator[OutgoingGroup] | None:
+        """Reader. Pending groups of one pinned snapshot, read as the iterator advances; close it to let go.
+
+        after: batches up to this one were read before. None: the change logs were not empty in the snapshot, or the
+        schema had changed; absorb and try again.
+        """
+        self._reader.execute("BEGIN")
+        try:
+            schema = self._schema
+            if schema is None or schema_cookie(self._reader) != schema.cookie or self._absorber.has_log(self._reader):
+                self._reader.execute("ROLLBACK")
+                return None
+        except BaseException:
+            if not self._reader.getautocommit():
+                self._reader.execute("ROLLBACK")
+            raise
+        return self._outgoing(max(after, self._published()))
+
+    def _outgoing(self, after: int) -> Iterator[OutgoingGroup]:
+        try:
+            yield from self._outbox.groups(self._reader, after)
+        finally:
+            if not self._reader.getautocommit():
+                self._reader.execute("ROLLBACK")
+
+    def outgoing_locked(self, after: int = 0, bound_ms: int | None = None, limit: int = 2_000) -> list[OutgoingGroup]:
+        """Writer. Absorb and read about `limit` pending rows under the write lock: for an application that commits
+        so fast that no snapshot with empty logs is ever seen. Empty: the log was too large, call again."""
+        with self._transaction():
+            _, drained = self._absorb(bound_ms)
+            found: list[OutgoingGroup] = []
+            if drained:
+                for group in self._outbox.groups(self._writer, max(after, self._published())):
+                    found.append(group)
+                    if sum(len(each.group) for each in found) >= limit and not group.torn:
+                        break
+            return found
+
+    def collect(self) -> list[OutgoingGroup] | None:
+        """Reader. `outgoing` as a list."""
+        groups = self.outgoing()
+        return None if groups is None else list(groups)
+
+    def mark_published(self, through: int) -> None:
+        """Any thread. The stream has everything up to batch `through`; durable with the next write transaction."""
+        self._acknowledged = max(self._acknowledged, through)
+
+    def flush(self) -> None:
+        """Writer. Make the acknowledgements durable now (before stopping)."""
+        if self._acknowledged > self._state.published_batch:
+            with self._transaction():
+                pass
+
+    def _published(self) -> int:
+        return max(self._state.published_batch, self._acknowledged)
+
+    # -- applying
+
+    def apply(self, delivery: Delivery, bound_ms: int | None = None) -> Applied:
+        """Writer. Everything in `delivery` takes effect and the position moves, in one write transaction.
+
+        Raises apsw.BusyError, apsw.FullError, apsw.IOError with nothing changed: try again later.
+        """
+        while True:
+            try:
+                applied = self._apply(delivery, bound_ms, careful=False)
+            except (OutOfTheOrdinaryError, TypeError, *MISFIT):  # TypeError: apsw cannot bind a RawText
+                applied = self._apply(delivery, bound_ms, careful=True)
+            if applied is not None:
+                return applied
+
+    def _apply(self, delivery: Delivery, bound_ms: int | None, *, careful: bool) -> Applied | None:
+        """None: the change log was too large for one transaction; a piece of it was absorbed."""
+        newest: list[int] = []
+        with self._transaction():
+            if not self._absorb(bound_ms)[1]:
+                return None
+            context = self._context()
+            step = self._applier.careful if careful else self._applier.fast
+            for item in _in_order(delivery):
+                if isinstance(item, Undecodable):
+                    self._keep(delivery.position.stream, item)
+                    continue
+                limit = item.stored_ms + self._settings.tolerance_ms
+                step(item.group, context, limit)
+                self._list_orphans(item.group, context)
+                newest.append(_newest_ms(item.group))
+            self._finish(context)
+            tables.save_position(self._writer, delivery.position)
+        recorder = context.recorder
+        return Applied(
+            rows=context.applied,
+            conflicts=recorder.conflicts,
+            parked=recorder.parked,
+            undecodable=len(delivery.undecodable),
+            lock_seconds=self._lock_seconds,
+            newest_ms=tuple(newest),
+        )
+
+    def _keep(self, stream: str, message: Undecodable) -> None:
+        log.error(
+            "message cannot be read; it is kept in __harmonylite__undecodable and passed over",
+            extra={"fields": {"stream": stream, "sequence": message.sequence, "error": message.error}},
+        )
+        self._writer.execute(
+            f"INSERT OR IGNORE INTO {tables.UNDECODABLE} VALUES (?, ?, ?, ?, ?)",
+            (stream, message.sequence, message.data, message.error, self._now_ms()),
+        )
+
+    def _list_orphans(self, group: Group, context: Context) -> None:
+        """Children whose parent was deleted elsewhere at the same time: kept, and listed for the operator."""
+        children, parents = self._foreign_keys.by_child, self._foreign_keys.by_parent
+        written = {c.table: _keys(c) for c in group.tables if c.rows and normal(c.table) in children}
+        deleted = {c.table: c.deleted for c in group.tables if c.deleted and normal(c.table) in parents}
+        if not written and not deleted:
+            return
+        for orphan in orphans.find(self._writer, self._foreign_keys, written, deleted):
+            table = self.schema.tables[normal(orphan.child_table)]
+            local = rows.find_version(self._writer, table, orphan.child_key) or rows.NO_VERSION
+            content = rows.read(self._writer, table, orphan.child_key)
+            reason = f"orphan: its parent in {orphan.parent_table} was deleted"
+            context.recorder.conflict(table.name, orphan.child_key, local.version, None, reason, content)
+
+    # -- time
+
+    def server_time(self, server_ms: int) -> None:
+        """Writer. The server's time is known: nothing written here may claim to be later than that (DESIGN 8).
+
+        The floor becomes at least the server's time, so that a clock that starts in the past cannot make new writes
+        lose to old ones.
+        """
+        bound = server_ms + self._settings.tolerance_ms
+        with self._transaction():
+            floor = max(min(self._state.floor_ms, bound), server_ms)
+            self._state = replace(self._state, floor_ms=floor)
+            for table in self.schema.tables.values():
+                versions.clamp(
+                    self._writer,
+                    table,
+                    node_id=self._settings.node_id,
+                    published=self._state.published_batch,
+                    bound_ms=bound,
+                )
+
+    def shift_clock(self, *, from_ms: int, to_ms: int, delta_ms: int) -> int:
+        """Writer. This boot's clock was wrong by `delta_ms` while it showed from_ms..to_ms: correct the times of what
+        was written then and not yet acknowledged. Returns the number of versions changed."""
+        with self._transaction():
+            while not self._absorb(None)[1]:
+                pass
+            return sum(
+                versions.shift(
+                    self._writer,
+                    table,
+                    node_id=self._settings.node_id,
+                    after_batch=self._state.published_batch,
+                    from_ms=from_ms,
+                    to_ms=to_ms,
+                    delta_ms=delta_ms,
+                )
+                for table in self.schema.tables.values()
+            )
+
+    def prune_tombstones(self, server_ms: int) -> int:
+        """Writer. Start the retention of tombstones that the cluster has, forget those past it. Only while connected:
+        `server_ms` is the server's time, so that a wrong local clock prunes nothing. Returns how many are forgotten."""
+        with self._transaction():
+            published = self._state.published_batch
+            before = server_ms - self._settings.tombstone_retention_ms
+            total = 0
+            for table in self.schema.tables.values():
+                versions.settle_tombstones(self._writer, table, published=published, server_ms=server_ms)
+                total += versions.prune_tombstones(
+                    self._writer, table, published=published, before_ms=before, limit=PRUNE_ROWS
+                )
+            return total
+
+
+def _in_order(delivery: Delivery) -> Iterator[ReceivedGroup | Undecodable]:
+    items: list[ReceivedGroup | Undecodable] = [*delivery.groups, *delivery.undecodable]
+    yield from sorted(items, key=lambda item: item.sequence)
+
+
+def _newest_ms(group: Group) -> int:
+    stamps = (stamps for changes in group.tables for stamps in (changes.row_stamps, changes.deleted_stamps))
+    return max((max(map(itemgetter(0), each)) for each in stamps if each), default=0)
+
+
+def _keys(changes: TableChanges) -> list[Row]:
+    positions = [changes.columns.index(name) for name in changes.key]
+    return [tuple(row[position] for position in positions) for row in changes.rows]
+
+
+@dataclass(frozen=True, slots=True)
+class CleanupReport:
+    """tables: how many were captured; absorbed: log rows taken over; pending: rows that were never published."""
+
+    tables: int
+    absorbed: int
+    pending: int
+
+
+class CleanupRefused(Exception):  # noqa: N818 - the name is part of the interface
+    """Rows would be lost."""
+
+
+def cleanup(path: Path, *, everything: bool, force: bool) -> CleanupReport:
+    """Remove our triggers and change logs after absorbing them; `everything`: every table of ours.
+
+    Raises CleanupRefused when `everything` would drop unpublished changes and `force` is not given.
+    """
+    connection = sql.open_writer(path)
+    try:
+        with sql.write_transaction(connection):
+            if tables.META.strip('"') not in capture.installed(connection).tables:
+                return CleanupReport(0, 0, 0)
+            node_id = tables.get_meta(connection, "node_id")
+            before = tables.load_state(connection)
+            settings = install.Settings(node_id if isinstance(node_id, int) else 0, False, (), ())
+            logged = versions.count_logged_anywhere(connection)
+            schema, state = install.install(connection, settings, before)
+            tables.save_state(connection, before, state)
+            pending = versions.count_pending(connection, schema, state.published_batch)
+            if everything and pending and not force:
+                raise CleanupRefused(
+                    f"{pending} changed rows were never published and would be forgotten; start the daemon and let it"
+                    " publish them, or use --force"
+                )
+            return CleanupReport(install.uninstall(connection, everything=everything), logged, pending)
+    finally:
+        connection.close()

@@ -1,0 +1,119 @@
+"""Our own tables that are not per application table, and the small settings kept in `__harmonylite__meta`."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, fields
+
+import apsw
+
+from harmonylite.db.sql import PREFIX, quote, rows, scalar
+from harmonylite.model import Position
+
+META = quote(f"{PREFIX}meta")
+POSITION = quote(f"{PREFIX}position")
+TABLE = quote(f"{PREFIX}table")
+JOIN = quote(f"{PREFIX}join")
+SPARSE = quote(f"{PREFIX}sparse")
+PARKED = quote(f"{PREFIX}parked")
+CONFLICT = quote(f"{PREFIX}conflict")
+UNDECODABLE = quote(f"{PREFIX}undecodable")
+
+FORMAT = 1
+
+CREATE = (
+    f"CREATE TABLE IF NOT EXISTS {META} (name TEXT PRIMARY KEY, value) WITHOUT ROWID",
+    f"CREATE TABLE IF NOT EXISTS {POSITION} (stream TEXT PRIMARY KEY, created TEXT NOT NULL,"
+    " sequence INTEGER NOT NULL, stored_ns INTEGER NOT NULL) WITHOUT ROWID",
+    f"CREATE TABLE IF NOT EXISTS {TABLE} (name TEXT PRIMARY KEY, definition TEXT NOT NULL) WITHOUT ROWID",
+    f"CREATE TABLE IF NOT EXISTS {JOIN} (lo INTEGER PRIMARY KEY, hi INTEGER NOT NULL)",
+    f"CREATE TABLE IF NOT EXISTS {SPARSE} (tbl TEXT, key BLOB, col TEXT, ts INTEGER NOT NULL,"
+    " node INTEGER NOT NULL, PRIMARY KEY (tbl, key, col)) WITHOUT ROWID",
+    f"CREATE TABLE IF NOT EXISTS {PARKED} (tbl TEXT, key BLOB, key_names BLOB NOT NULL,"
+    " ts INTEGER NOT NULL, node INTEGER NOT NULL, rank INTEGER NOT NULL,"
+    " base_ts INTEGER NOT NULL, base_node INTEGER NOT NULL, deleted INTEGER NOT NULL,"
+    " row BLOB NOT NULL, reason TEXT NOT NULL, detail TEXT NOT NULL, parked_ms INTEGER NOT NULL,"
+    " PRIMARY KEY (tbl, key)) WITHOUT ROWID",
+    f"CREATE TABLE IF NOT EXISTS {CONFLICT} (id INTEGER PRIMARY KEY, tbl TEXT NOT NULL, key BLOB NOT NULL,"
+    " ts INTEGER NOT NULL, node INTEGER NOT NULL, rank INTEGER NOT NULL, winner_ts INTEGER, winner_node INTEGER,"
+    " reason TEXT NOT NULL, row BLOB, recorded_ms INTEGER NOT NULL, UNIQUE (tbl, key, ts, node, rank))",
+    f"CREATE TABLE IF NOT EXISTS {UNDECODABLE} (stream TEXT, sequence INTEGER, data BLOB NOT NULL,"
+    " error TEXT NOT NULL, recorded_ms INTEGER NOT NULL, PRIMARY KEY (stream, sequence))",
+)
+
+
+@dataclass(slots=True)
+class State:
+    """Settings that change while running. The copy in memory is what the last commit left in the database.
+
+    batch: the newest absorb batch that was given out; open_batch: one that a large log is still being absorbed
+    into (0: none); published_batch: everything up to it was acknowledged; floor_ms: the newest time this node
+    itself has seen on its own clock or, while connected, on the server's; conflicts_total: ever recorded.
+    """
+
+    batch: int = 0
+    open_batch: int = 0
+    published_batch: int = 0
+    floor_ms: int = 0
+    conflicts_total: int = 0
+
+
+_STATE_FIELDS = tuple(field.name for field in fields(State))
+
+
+class ForeignDatabaseError(Exception):
+    """The database holds our tables in a format that this version does not know."""
+
+
+def create(connection: apsw.Connection) -> None:
+    """Create what is missing. Raises ForeignDatabaseError if a newer version of this program was here."""
+    for sql in CREATE:
+        connection.execute(sql)
+    known = get_meta(connection, "format")
+    if known is None:
+        set_meta(connection, "format", FORMAT)
+        set_meta(connection, "instance_id", secrets.token_hex(16))
+    elif known != FORMAT:
+        raise ForeignDatabaseError(
+            f"the database has tables of HarmonyLite format {known}, this version knows format {FORMAT};"
+            " install the version that wrote them, or remove them with its `harmonylite cleanup --all`"
+        )
+
+
+def get_meta(connection: apsw.Connection, name: str) -> object:
+    return scalar(connection, f"SELECT value FROM {META} WHERE name = ?", (name,))
+
+
+def set_meta(connection: apsw.Connection, name: str, value: int | str) -> None:
+    connection.execute(
+        f"INSERT INTO {META} VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value", (name, value)
+    )
+
+
+def load_state(connection: apsw.Connection) -> State:
+    stored = dict(rows(connection, f"SELECT name, value FROM {META}"))
+    values = {name: stored.get(name) for name in _STATE_FIELDS}
+    return State(**{name: value for name, value in values.items() if isinstance(value, int)})
+
+
+def save_state(connection: apsw.Connection, before: State, after: State) -> None:
+    """Write the fields that differ, inside the caller's transaction."""
+    for name in _STATE_FIELDS:
+        value = getattr(after, name)
+        if value != getattr(before, name):
+            set_meta(connection, name, value)
+
+
+def load_position(connection: apsw.Connection, stream: str) -> Position | None:
+    sql = f"SELECT created, sequence, stored_ns FROM {POSITION} WHERE stream = ?"
+    for created, sequence, stored_ns in rows(connection, sql, (stream,)):
+        return Position(stream, created, sequence, stored_ns)
+    return None
+
+
+def save_position(connection: apsw.Connection, position: Position) -> None:
+    connection.execute(
+        f"INSERT INTO {POSITION} VALUES (?, ?, ?, ?) ON CONFLICT (stream) DO UPDATE SET"
+        " created = excluded.created, sequence = excluded.sequence, stored_ns = excluded.stored_ns",
+        (position.stream, position.created, position.sequence, position.stored_ns),
+    )

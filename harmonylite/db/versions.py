@@ -1,0 +1,303 @@
+"""Versions: who wrote each row last, and when. `absorb` turns the change log into versions.
+
+A version's timestamp is max(time of writing, own floor, the version it replaces + 1). The floor keeps one node's
+writes in order when its clock steps back; it is made of this node's own times only, or one fast clock would drag
+everybody's. "+ 1" makes an edit beat what its node had seen (I6), and does not raise the floor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import apsw
+
+from harmonylite.db import capture, sparse, tables
+from harmonylite.db.capture import DELETED, MAYBE_EVICTED, key_columns, key_match
+from harmonylite.db.outbox import decode_typed, typed_sql
+from harmonylite.db.rows import identity
+from harmonylite.db.schema import Schema, Table
+from harmonylite.db.sql import integer, log_table, quote, rows, version_table
+from harmonylite.db.tables import State
+
+# No upper bound known: the server's time has not been seen since the start.
+UNBOUNDED_MS = (1 << 62) - 1
+
+# One absorb transaction takes at most about this many log rows, so that its write lock stays short.
+ABSORB_ROWS = 5_000
+
+
+@dataclass(frozen=True, slots=True)
+class Absorb:
+    """The statements that absorb one table's log; built once per schema change."""
+
+    table: Table
+    joined: str
+    upsert: str
+    clear: str
+    clear_through: str
+    last_ts: str
+    end: str
+    vanished: str | None
+
+    @classmethod
+    def of(cls, table: Table) -> Absorb:
+        log, version, keys = log_table(table.name), version_table(table.name), key_columns(table)
+        ours = " AND ".join(f"v.k{i} = l.k{i}" for i in range(len(table.key)))
+        gone = f"NOT EXISTS (SELECT 1 FROM {quote(table.name)} AS r WHERE {key_match(table, 'l', 'r')})"
+        risky = any(not index.plain for index in table.uniques)
+        return cls(
+            table=table,
+            joined=(
+                f"SELECT min(v.batch) FROM {log} AS l CROSS JOIN {version} AS v ON {ours}"
+                " WHERE v.batch > ?1 AND l.seq <= ?2"
+            ),
+            upsert=(
+                f"INSERT INTO {version} ({keys}, ts, node, deleted, batch)"
+                f" SELECT {keys}, min(max(max(l.ts), :floor), :bound), :node, {gone}, :batch"
+                f" FROM {log} AS l WHERE l.seq <= :end GROUP BY {keys}"
+                f" HAVING min(l.op) < {MAYBE_EVICTED} OR {gone}"
+                f" ON CONFLICT ({keys}) DO UPDATE SET ts = max(excluded.ts, ts + 1), node = excluded.node, rank = 0,"
+                " deleted = excluded.deleted, batch = excluded.batch, settled_ms = NULL,"
+                " base_ts = CASE WHEN batch > :published THEN base_ts ELSE ts END,"
+                " base_node = CASE WHEN batch > :published THEN base_node ELSE node END"
+            ),
+            clear=f"DELETE FROM {log}",
+            clear_through=f"DELETE FROM {log} WHERE seq <= ?",
+            last_ts=f"SELECT max(ts) FROM {log} WHERE seq <= ?",
+            end=f"SELECT max(seq) FROM {log}",
+            vanished=vanished_sql(table) if risky else None,
+        )
+
+
+def vanished_sql(table: Table) -> str:
+    """Log rows that vanished without a trigger: evicted by REPLACE through an index that triggers cannot follow."""
+    keys = key_columns(table)
+    return (
+        f"INSERT INTO {log_table(table.name)} (ts, op, {keys})"
+        f" SELECT {capture.NOW_MS}, {DELETED}, {keys} FROM {version_table(table.name)} AS v WHERE v.deleted = 0"
+        f" AND NOT EXISTS (SELECT 1 FROM {quote(table.name)} AS r WHERE {key_match(table, 'v', 'r')})"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Absorbed:
+    """rows: log rows taken; batch: the batch their versions belong to (0: nothing was absorbed); drained: the
+    logs are empty now; tables: those that got pending rows."""
+
+    rows: int
+    batch: int
+    drained: bool
+    tables: tuple[Table, ...]
+
+
+class Absorber:
+    """Moves change logs into version tables, inside the caller's write transaction."""
+
+    def __init__(self, schema: Schema, node_id: int) -> None:
+        self._node_id = node_id
+        self._statements = tuple(Absorb.of(table) for table in schema.tables.values())
+
+    def has_log(self, connection: apsw.Connection) -> bool:
+        """Whether any change log holds rows, in the view of the database that the connection has."""
+        return any(True for each in self._statements for row in rows(connection, each.end) if row[0])
+
+    def absorb(
+        self,
+        connection: apsw.Connection,
+        state: State,
+        *,
+        bound_ms: int,
+        limit: int = ABSORB_ROWS,
+    ) -> tuple[Absorbed, State]:
+        """Absorb up to about `limit` log rows. Returns what was done and the new state, which the caller saves.
+
+        bound_ms: the latest time a write may claim to have been made. A log too large for one transaction is
+        absorbed in several, whose batches are joined.
+        """
+        todo: list[tuple[Absorb, int]] = []
+        taken, drained = 0, True
+        for each in self._statements:
+            end = integer(connection, each.end)
+            if not end:
+                continue
+            if each.vanished and taken < limit:
+                connection.execute(each.vanished)
+                end = integer(connection, each.end)
+            start = integer(connection, f"SELECT min(seq) FROM {log_table(each.table.name)}") - 1
+            take = min(end, start + limit - taken)
+            drained = drained and take == end
+            if take > start:
+                todo.append((each, take))
+                taken += take - start
+        if not todo:
+            return Absorbed(0, 0, drained, ()), state
+        batch = state.batch + 1
+        joined = [self._absorb_table(connection, state, each, end, batch, bound_ms) for each, end in todo]
+        lows = [low for low, _ in joined if low] + ([state.open_batch] if state.open_batch else [])
+        if lows:
+            join(connection, min(lows), batch)
+        floor = max(state.floor_ms, *(min(newest, bound_ms) for _, newest in joined))
+        still_open = 0 if drained else state.open_batch or batch
+        after = replace(state, batch=batch, open_batch=still_open, floor_ms=floor)
+        return Absorbed(taken, batch, drained, tuple(each.table for each, _ in todo)), after
+
+    def _absorb_table(
+        self, connection: apsw.Connection, state: State, each: Absorb, end: int, batch: int, bound_ms: int
+    ) -> tuple[int, int]:
+        """Returns the lowest pending batch that lost a row to this one (0: none), and the newest logged time."""
+        published = state.published_batch
+        low = 0
+        if has_pending(connection, each.table, published):
+            low = integer(connection, each.joined, (published, end))
+        newest = integer(connection, each.last_ts, (end,))
+        connection.execute(
+            each.upsert,
+            {
+                "floor": state.floor_ms,
+                "bound": bound_ms,
+                "node": self._node_id,
+                "batch": batch,
+                "end": end,
+                "published": published,
+            },
+        )
+        self._forget_columns(connection, each.table, end)
+        if end == integer(connection, each.end):
+            connection.execute(each.clear)  # without WHERE: SQLite drops the pages at once
+        else:
+            connection.execute(each.clear_through, (end,))
+        return low, newest
+
+    @staticmethod
+    def _forget_columns(connection: apsw.Connection, table: Table, end: int) -> None:
+        """A write made here covers the whole row: none of its columns has an older version any more."""
+        if table.name not in sparse.tables_with_entries(connection):
+            return
+        keys = ", ".join(typed_sql(name) for name in key_columns(table).split(", "))
+        for row in rows(connection, f"SELECT DISTINCT {keys} FROM {log_table(table.name)} WHERE seq <= ?", (end,)):
+            sparse.forget(connection, table.name, identity(table, decode_typed(row)))
+
+
+def has_pending(connection: apsw.Connection, table: Table, published: int) -> bool:
+    sql = f"SELECT 1 FROM {version_table(table.name)} WHERE batch > ? LIMIT 1"
+    return any(True for _ in connection.execute(sql, (published,)))
+
+
+def count_pending(connection: apsw.Connection, schema: Schema, published: int) -> int:
+    return sum(
+        integer(connection, f"SELECT count(*) FROM {version_table(table.name)} WHERE batch > ?", (published,))
+        for table in schema.tables.values()
+    )
+
+
+def count_logged(connection: apsw.Connection, schema: Schema) -> int:
+    """Changes in the logs of the given tables."""
+    return sum(integer(connection, f"SELECT count(*) FROM {log_table(t.name)}") for t in schema.tables.values())
+
+
+def count_logged_anywhere(connection: apsw.Connection) -> int:
+    """Changes in all logs that are there, whatever the schema."""
+    names = [name for name in capture.installed(connection).tables if name.endswith("_change_log")]
+    return sum(integer(connection, f"SELECT count(*) FROM {quote(name)}") for name in names)
+
+
+def join(connection: apsw.Connection, low: int, high: int) -> None:
+    """Batches low..high must be published as one group: a transaction of the first lost a row to the last."""
+    overlapping = f"FROM {tables.JOIN} WHERE hi >= ?1 AND lo <= ?2"
+    for lo, hi in rows(connection, f"SELECT min(lo), max(hi) {overlapping}", (low, high)):
+        if lo is not None:
+            low, high = min(lo, low), max(hi, high)
+    connection.execute(f"DELETE {overlapping}", (low, high))
+    connection.execute(f"INSERT INTO {tables.JOIN} VALUES (?, ?)", (low, high))
+
+
+def forget_joins(connection: apsw.Connection, published: int) -> None:
+    connection.execute(f"DELETE FROM {tables.JOIN} WHERE hi <= ?", (published,))
+
+
+def recapture(connection: apsw.Connection, table: Table, *, node_id: int, batch: int, published: int) -> int:
+    """After capture of a table was off for a while: everything may have changed, and nobody knows when.
+
+    Missing rows become tombstones, rows without a version become new, all others "maybe changed"; each at the
+    version it had + 1 and never at now, so that no edit made elsewhere in the meantime loses to a guess.
+    Returns the number of rows that are pending because of it.
+    """
+    version, keys = version_table(table.name), key_columns(table)
+    theirs = ", ".join(f"r.{quote(part.name)}" for part in table.key)
+    present = " AND ".join(f"r.{quote(part.name)} IS NOT NULL" for part in table.key if part.nullable) or "true"
+    there = f"EXISTS (SELECT 1 FROM {quote(table.name)} AS r WHERE {key_match(table, 'v', 'r')})"
+    base = (
+        "base_ts = CASE WHEN batch > :published THEN base_ts ELSE ts END,"
+        " base_node = CASE WHEN batch > :published THEN base_node ELSE node END"
+    )
+    connection.execute(
+        f"UPDATE {version} AS v SET ts = ts + 1, node = :node, rank = 0, deleted = NOT {there}, batch = :batch,"
+        f" settled_ms = NULL, {base} WHERE deleted = 0 OR {there}",
+        {"node": node_id, "batch": batch, "published": published},
+    )
+    changed = connection.changes()
+    connection.execute(
+        f"INSERT INTO {version} ({keys}, ts, node, batch) SELECT {theirs}, 1, :node, :batch"
+        f" FROM {quote(table.name)} AS r WHERE {present} AND NOT EXISTS"
+        f" (SELECT 1 FROM {version} AS v WHERE {key_match(table, 'v', 'r')})",
+        {"node": node_id, "batch": batch},
+    )
+    return changed + connection.changes()
+
+
+def clamp(connection: apsw.Connection, table: Table, *, node_id: int, published: int, bound_ms: int) -> int:
+    """Own pending versions that claim a time after `bound_ms` get that time, but stay above what they replaced."""
+    connection.execute(
+        f"UPDATE {version_table(table.name)} SET ts = max(:bound, base_ts + 1)"
+        " WHERE batch > :published AND node = :node AND rank = 0 AND ts > max(:bound, base_ts + 1)",
+        {"bound": bound_ms, "published": published, "node": node_id},
+    )
+    return connection.changes()
+
+
+def shift(
+    connection: apsw.Connection,
+    table: Table,
+    *,
+    node_id: int,
+    after_batch: int,
+    from_ms: int,
+    to_ms: int,
+    delta_ms: int,
+) -> int:
+    """Own pending versions of batches after `after_batch` with a time in from_ms..to_ms move by `delta_ms`."""
+    connection.execute(
+        f"UPDATE {version_table(table.name)} SET ts = max(ts + :delta, base_ts + 1)"
+        " WHERE batch > :after AND node = :node AND rank = 0 AND ts BETWEEN :from AND :to",
+        {"delta": delta_ms, "after": after_batch, "node": node_id, "from": from_ms, "to": to_ms},
+    )
+    return connection.changes()
+
+
+def settle_tombstones(connection: apsw.Connection, table: Table, *, published: int, server_ms: int) -> None:
+    """Tombstones that the cluster has now start their retention, by the server's clock."""
+    connection.execute(
+        f"UPDATE {version_table(table.name)} SET settled_ms = ? WHERE deleted = 1 AND settled_ms IS NULL"
+        " AND (batch IS NULL OR batch <= ?)",
+        (server_ms, published),
+    )
+
+
+def prune_tombstones(connection: apsw.Connection, table: Table, *, published: int, before_ms: int, limit: int) -> int:
+    """Forget tombstones that settled before `before_ms`; never unpublished ones. Returns how many."""
+    version, keys = version_table(table.name), key_columns(table)
+    connection.execute(
+        f"DELETE FROM {version} WHERE ({keys}) IN (SELECT {keys} FROM {version} WHERE deleted = 1"
+        " AND settled_ms < ? AND (batch IS NULL OR batch <= ?) LIMIT ?)",
+        (before_ms, published, limit),
+    )
+    return connection.changes()
+
+
+def create_tables(connection: apsw.Connection, schema_tables: Iterable[Table], *, with_logs: bool) -> None:
+    for table in schema_tables:
+        if with_logs:
+            connection.execute(capture.create_log_sql(table))
+        for sql in capture.create_version_sql(table):
+            connection.execute(sql)
