@@ -1,0 +1,248 @@
+"""Cutting a group's bytes into messages no larger than the stream takes, and joining them again.
+
+Every message, also the only one of a small group, is a header and a slice of the payload. Big-endian:
+
+    magic "HL" | header version u8 | flags u8 | publisher u64 | number u64 | part index u32 | part count u32 |
+    payload length u64 | CRC-32 of the payload u32 | newest version in the group, ms since 1970, i64
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+import zlib
+from dataclasses import dataclass, field
+
+from harmonylite.wire.values import WireError
+
+log = logging.getLogger(__name__)
+
+_HEADER = struct.Struct(">2sBBQQIIQIq")
+HEADER_BYTES = _HEADER.size
+HEADER_VERSION = 1
+_MAGIC = b"HL"
+
+DEFAULT_OPEN_LIMIT_MS = 3_600_000
+DEFAULT_MAX_OPEN_BYTES = 256 * 1024 * 1024
+
+# What a held part costs beside its bytes (the bytes object, its slot): many tiny parts must not escape the limit.
+_PART_OVERHEAD_BYTES = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One message: `body` is the slice number `index` (from 0) of `count` of a payload of `total` bytes."""
+
+    publisher: int
+    number: int
+    index: int
+    count: int
+    total: int
+    crc32: int
+    max_ts: int
+    body: memoryview
+
+    @property
+    def payload_id(self) -> tuple[int, int, int, int]:
+        """What all parts of one payload have in common, and no other payload of that publisher."""
+        return self.number, self.count, self.total, self.crc32
+
+
+def split(payload: bytes, *, publisher: int, number: int, max_bytes: int, max_ts: int) -> list[bytes]:
+    """`payload` as message bodies of at most `max_bytes` each, in the order in which they are to be published.
+
+    `max_ts`: the newest version timestamp in the group, ms. Raises ValueError if `max_bytes` leaves no room beside
+    the header, WireError if an id does not fit.
+    """
+    room = max_bytes - HEADER_BYTES
+    if room < 1:
+        raise ValueError(f"a message of {max_bytes} bytes has no room beside a header of {HEADER_BYTES}")
+    count = max(1, -(-len(payload) // room))
+    crc = zlib.crc32(payload)
+    view = memoryview(payload)
+    try:
+        return [
+            b"".join(
+                (
+                    _HEADER.pack(_MAGIC, HEADER_VERSION, 0, publisher, number, index, count, len(payload), crc, max_ts),
+                    view[index * room : (index + 1) * room],
+                )
+            )
+            for index in range(count)
+        ]
+    except struct.error as error:
+        raise WireError(f"group {number} of publisher {publisher} does not fit a header: {error}") from error
+
+
+def parse_part(data: bytes | memoryview) -> Part:
+    """The part in `data`; its body is a view of `data`, not a copy. Raises WireError if it is not one."""
+    if len(data) < HEADER_BYTES or bytes(data[:2]) != _MAGIC:
+        raise WireError("the message is not a part of a group")
+    view = memoryview(data)
+    _, version, flags, publisher, number, index, count, total, crc, max_ts = _HEADER.unpack_from(view)
+    if version != HEADER_VERSION or flags:
+        raise WireError(
+            f"part header version {version} with flags {flags:#x} is unknown, "
+            f"this version reads {HEADER_VERSION}: upgrade harmonylite"
+        )
+    body = view[HEADER_BYTES:]
+    fits = len(body) == total if count == 1 else 0 < len(body) < total and count <= total
+    if index >= count or not fits:
+        raise WireError(f"part {index + 1} of {count} with {len(body)} of {total} bytes makes no sense")
+    return Part(publisher, number, index, count, total, crc, max_ts, body)
+
+
+@dataclass(slots=True)
+class _OpenGroup:
+    payload_id: tuple[int, int, int, int]
+    first_sequence: int
+    first_stored_ms: int
+    bodies: dict[int, bytes] = field(default_factory=dict)
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(map(len, self.bodies.values())) + _PART_OVERHEAD_BYTES * len(self.bodies)
+
+
+class Joiner:
+    """Joins the parts of one stream to payloads; holds the open groups: those of which some parts have arrived.
+
+    A group opens with its part 0; after that its parts may come in any order, mixed with other publishers' parts.
+    An open group is dropped
+
+    - when its publisher starts or completes a group with a higher number: it gave this one up, and sends its rows
+      again in another. A lower number drops nothing: a message that had timed out may be stored late, in the middle
+      of a later group;
+    - when a message arrives that was stored more than `open_limit_ms` after the group's first one;
+    - when more than `max_open_bytes` are held and it is the oldest.
+
+    So a publisher that sends one part again because its acknowledgement is missing may do just that; one that sends
+    part 0 again sends all of them.
+    """
+
+    def __init__(
+        self, *, open_limit_ms: int = DEFAULT_OPEN_LIMIT_MS, max_open_bytes: int = DEFAULT_MAX_OPEN_BYTES
+    ) -> None:
+        self._open_limit_ms = open_limit_ms
+        self._max_open_bytes = max_open_bytes
+        self._open: dict[tuple[int, int], _OpenGroup] = {}  # by publisher and number, oldest first
+        # By publisher: the payload completed last, and the sequence of its last part.
+        self._completed: dict[int, tuple[tuple[int, int, int, int], int]] = {}
+        self._open_bytes = 0
+        self.dropped = 0
+        """Groups that were given up before their last part came."""
+        self.late = 0
+        """Parts of groups that are not open: dropped before, or begun before reading started."""
+        self.duplicates = 0
+        """Parts that had arrived already."""
+
+    @property
+    def open_groups(self) -> int:
+        """How many groups wait for more parts."""
+        return len(self._open)
+
+    @property
+    def open_bytes(self) -> int:
+        """Memory held for open groups."""
+        return self._open_bytes
+
+    def first_open_sequence(self) -> int | None:
+        """The smallest sequence at which a still open group began: the reader's position has to stay before it."""
+        return min((group.first_sequence for group in self._open.values()), default=None)
+
+    def add(self, part: Part, sequence: int, stored_ms: int) -> bytes | None:
+        """Take the part that the stream holds at `sequence` since `stored_ms`; the payload if it was the last one.
+
+        Raises WireError if the parts do not make the payload they promised, or promise more than `max_open_bytes`.
+        """
+        self._drop_expired(stored_ms)
+        if self._was_completed(part, sequence):
+            self.duplicates += 1
+            return None
+        if part.count == 1:
+            return self._complete(part, bytes(part.body), sequence)
+        group = self._group_of(part, sequence, stored_ms)
+        if group is None:
+            self.late += 1
+            return None
+        if part.index in group.bodies:
+            self.duplicates += 1
+            return None
+        group.bodies[part.index] = bytes(part.body)
+        self._open_bytes += len(part.body) + _PART_OVERHEAD_BYTES
+        if len(group.bodies) == part.count:
+            self._forget(part.publisher, part.number)
+            return self._complete(part, b"".join(group.bodies[i] for i in range(part.count)), sequence)
+        while self._open_bytes > self._max_open_bytes:
+            self._drop(*next(iter(self._open)), reason="too many bytes held for open groups")
+        return None
+
+    def _group_of(self, part: Part, sequence: int, stored_ms: int) -> _OpenGroup | None:
+        """The open group that `part` belongs to, opened if it is part 0; None for a late part."""
+        group = self._open.get((part.publisher, part.number))
+        if group is not None and group.payload_id == part.payload_id:
+            group.first_sequence = min(group.first_sequence, sequence)
+            return group
+        if part.index > 0:
+            return None
+        if group is not None:  # a publisher that was restored from a backup uses a number again
+            self._drop(part.publisher, part.number, reason="publisher started another group of that number")
+        if part.total + part.count * _PART_OVERHEAD_BYTES > self._max_open_bytes:
+            raise WireError(
+                f"group {part.number} of publisher {part.publisher} has {part.total} bytes in {part.count} parts, "
+                f"more than the limit of {self._max_open_bytes}"
+            )
+        self._drop_up_to(part.publisher, part.number)
+        group = self._open[part.publisher, part.number] = _OpenGroup(part.payload_id, sequence, stored_ms)
+        return group
+
+    def _was_completed(self, part: Part, sequence: int) -> bool:
+        """Whether `part` is a copy of one that is in a complete group already.
+
+        Only what is stored after the group's end can be a copy: whoever reads the stream again from an earlier
+        position wants the group again.
+        """
+        payload_id, end = self._completed.get(part.publisher, (None, 0))
+        return payload_id == part.payload_id and sequence > end
+
+    def _complete(self, part: Part, payload: bytes, sequence: int) -> bytes:
+        self._drop_up_to(part.publisher, part.number)
+        if len(payload) != part.total or zlib.crc32(payload) != part.crc32:
+            raise WireError(
+                f"group {part.number} of publisher {part.publisher} arrived damaged: "
+                f"{len(payload)} of {part.total} bytes, or a wrong checksum"
+            )
+        self._completed[part.publisher] = (part.payload_id, sequence)
+        return payload
+
+    def _drop_up_to(self, publisher: int, number: int) -> None:
+        for other, older in [key for key in self._open if key[0] == publisher and key[1] <= number]:
+            self._drop(other, older, reason="publisher went on to another group")
+
+    def _drop_expired(self, stored_ms: int) -> None:
+        while self._open:
+            oldest = next(iter(self._open))
+            if self._open[oldest].first_stored_ms >= stored_ms - self._open_limit_ms:
+                return
+            self._drop(*oldest, reason="no end in time")
+
+    def _drop(self, publisher: int, number: int, *, reason: str) -> None:
+        group = self._forget(publisher, number)
+        self.dropped += 1
+        log.warning(
+            "incomplete group dropped",
+            extra={
+                "fields": {
+                    "publisher": publisher,
+                    "number": number,
+                    "sequence": group.first_sequence,
+                    "parts": len(group.bodies),
+                    "reason": reason,
+                }
+            },
+        )
+
+    def _forget(self, publisher: int, number: int) -> _OpenGroup:
+        group = self._open.pop((publisher, number))
+        self._open_bytes -= group.held_bytes
+        return group
