@@ -80,7 +80,7 @@ class TableChanges:
 class Group:
     """Whole transactions of one publisher, as one unit: it is applied in one SQLite transaction.
 
-    `number` is different for every group that a publisher makes, also over restarts.
+    `number` grows with every group that a publisher makes, also over restarts.
     """
 
     publisher: int

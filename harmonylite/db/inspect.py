@@ -6,9 +6,10 @@ even the -wal and -shm files that SQLite would make; a database without our tabl
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote as quote_url
@@ -111,7 +112,10 @@ def parked(path: Path, table: str | None = None) -> list[Parked]:
 
 def health(path: Path, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Health:
     """include, exclude: glob patterns over table names, as in the configuration. Raises DatabaseUnreadable."""
-    return _ask(path, lambda connection: _health(connection, include, exclude))
+    found = _ask(path, lambda connection: _health(connection, include, exclude))
+    # An immutable connection (see `_ask`) knows no WAL and says "delete".
+    in_wal_mode = found.journal_mode == "delete" and (_has_wal(path) or _in_wal_mode(path))
+    return replace(found, journal_mode="wal") if in_wal_mode else found
 
 
 def _overview(connection: apsw.Connection) -> Overview:
@@ -230,16 +234,27 @@ def _ask(path: Path, question: Callable[[apsw.Connection], T]) -> T:
 
 def _resting(path: Path) -> tuple[int, int, int] | None:
     """Identity, size and time of a WAL database that nobody has open; None for any other file."""
-    if Path(f"{path}-wal").exists():
+    if _has_wal(path) or not _in_wal_mode(path):
         return None
+    state = path.stat()
+    return state.st_ino, state.st_size, state.st_mtime_ns
+
+
+def _has_wal(path: Path) -> bool:
+    return Path(f"{path}-wal").exists()
+
+
+def _in_wal_mode(path: Path) -> bool:
+    """What the file's header says: https://sqlite.org/fileformat2.html#file_format_version_numbers.
+
+    Not for a file that this process has open in SQLite: closing any descriptor of a file drops all its POSIX locks.
+    Hence always after `_has_wal`; the daemon's database has one.
+    """
     try:
         with path.open("rb") as file:
-            state = os.fstat(file.fileno())
-            # Bytes 18 and 19: the file format version, 2 for WAL (https://sqlite.org/fileformat2.html#the_database_header).
-            in_wal_mode = file.read(20)[18:] == b"\x02\x02"
+            return file.read(20)[18:] == b"\x02\x02"
     except OSError:
-        return None
-    return (state.st_ino, state.st_size, state.st_mtime_ns) if in_wal_mode else None
+        return False
 
 
 def _answer(path: Path, question: Callable[[apsw.Connection], T], *, immutable: bool) -> T:
@@ -257,11 +272,13 @@ def _answer(path: Path, question: Callable[[apsw.Connection], T], *, immutable: 
 
 
 def _why(path: Path, error: apsw.Error) -> str:
+    # SQLite says "unable to open database file" for all of these.
     try:
-        # SQLite says "unable to open database file" for all of these.
-        path.open("rb").close()
+        path.stat()
     except OSError as reason:
         return f"cannot be opened: {reason.strerror}"
+    if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+        return f"cannot be opened: {os.strerror(errno.EACCES)}"
     if isinstance(error, apsw.NotADBError):
         return "is not a SQLite database (or is encrypted)"
     if isinstance(error, apsw.CantOpenError):

@@ -99,15 +99,17 @@ def find(
     To be called after the group was written, in its transaction. `written` and `deleted` hold, per table, the
     keys of rows that were just written and just deleted, in primary key order. A table without foreign keys
     costs one dictionary lookup, a written child two key lookups, all deleted keys of a table together one search
-    of each child table.
+    of each child table. A key of another width (its node has another schema) is passed over.
     """
     found: dict[Orphan, None] = {}
     for table, keys in written.items():
         for foreign_key in foreign_keys.by_child.get(normal(table), ()):
-            _collect(connection, foreign_key, _written_sql, keys, found, limit)
+            fitting = [key for key in keys if len(key) == len(foreign_key.child_key)]
+            _collect(connection, foreign_key, _written_sql, fitting, found, limit)
     for table, keys in deleted.items():
         for foreign_key in foreign_keys.by_parent.get(normal(table), ()):
-            _collect(connection, foreign_key, _deleted_sql, keys, found, limit)
+            fitting = [key for key in keys if len(key) == len(foreign_key.parent_key)]
+            _collect(connection, foreign_key, _deleted_sql, fitting, found, limit)
     if len(found) > limit:
         fields = {"limit": limit, "children": sorted({orphan.child_table for orphan in found})}
         log.warning("more orphans than are kept; the rest is not in the conflict log", extra={"fields": fields})

@@ -5,10 +5,9 @@ The view must be one in which every change log is empty: only then is no row new
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, count, islice
+from itertools import chain, islice
 from sys import getsizeof
 
 import apsw
@@ -57,14 +56,15 @@ class _Part:
 class Outbox:
     """Reads one table after the other; knows nothing of connections or transactions, which the caller has."""
 
-    def __init__(self, schema: Schema, node_id: int, *, group_rows: int, max_bytes: int) -> None:
+    def __init__(
+        self, schema: Schema, node_id: int, *, numbers: Iterator[int], group_rows: int, max_bytes: int
+    ) -> None:
         self._schema = schema
         self._node_id = node_id
         self._group_rows = group_rows
         self._max_bytes = max_bytes
         self._readers = tuple(_Reader(table) for table in schema.tables.values())
-        # Random, so that a group cut short by a crash is never continued by another of the same number.
-        self._numbers = count(secrets.randbits(62))
+        self._numbers = numbers
 
     def groups(self, connection: apsw.Connection, published: int) -> Iterator[OutgoingGroup]:
         """All that is pending in the connection's view, oldest first."""
@@ -120,7 +120,7 @@ class Outbox:
             )
             for reader, part in parts.values()
         )
-        return Group(self._node_id, next(self._numbers) & ((1 << 63) - 1), changes)
+        return Group(self._node_id, next(self._numbers), changes)
 
 
 class _Reader:

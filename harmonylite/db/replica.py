@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from operator import itemgetter
 from pathlib import Path
 
@@ -36,11 +37,15 @@ from harmonylite.db.resolve import MISFIT, Context
 from harmonylite.db.schema import Schema, Skipped, schema_cookie
 from harmonylite.db.sql import normal
 from harmonylite.db.tables import State
+from harmonylite.db.versions import NO_CORRECTION, Correction
 from harmonylite.model import Delivery, Group, Position, ReceivedGroup, Row, TableChanges, Undecodable
 
 log = logging.getLogger(__name__)
 
 DAY_MS = 86_400_000
+
+# A group's number: seconds since 1970 at the start, or one more than at the last start; then a counter.
+EPOCH_SHIFT = 28
 
 # A tombstone pass forgets at most this many rows of a table in one transaction.
 PRUNE_ROWS = 2_000
@@ -60,6 +65,7 @@ class ReplicaSettings:
     max_transaction_bytes: int = 64 << 20
     tolerance_ms: int = 60_000
     tombstone_retention_ms: int = 90 * DAY_MS
+    boot_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +92,12 @@ class Replica:
         self._now_ms = now_ms
         self._state = State()
         self._acknowledged = 0
+        self._noted: dict[str, Position] = {}
         self._schema: Schema | None = None
+        self._numbers: Iterator[int] | None = None
         self._lock_seconds = 0.0
+        self._instance_id = ""
+        self._paused_tables = 0
 
     # -- life cycle
 
@@ -101,6 +111,7 @@ class Replica:
         try:
             with self._transaction():
                 self._check_identity()
+                self._install()
             self._reader = sql.open_reader(self._path)
         except BaseException:
             self._writer.close()
@@ -114,12 +125,20 @@ class Replica:
                 connection.close()
 
     def _check_identity(self) -> None:
+        self._instance_id = str(tables.get_meta(self._writer, "instance_id"))
         node_id = self._settings.node_id
         known = tables.get_meta(self._writer, "node_id")
         if known is not None and known != node_id:
             log.warning("node id changed since the last start", extra={"fields": {"from": known, "to": node_id}})
         if known != node_id:
             tables.set_meta(self._writer, "node_id", node_id)
+        # Group numbers must grow over restarts, restored backups and clocks that start in the past.
+        epoch = max(sql.integer(self._writer, tables.META_VALUE, ("epoch",)) + 1, self._now_ms() // 1000)
+        tables.set_meta(self._writer, "epoch", epoch)
+        self._numbers = count(epoch << EPOCH_SHIFT)
+        if tables.get_meta(self._writer, "boot_id") != self._settings.boot_id:
+            tables.set_meta(self._writer, "boot_id", self._settings.boot_id)
+            self._state = replace(self._state, boot_batch=self._state.batch)
 
     # -- the writer's transactions
 
@@ -135,11 +154,14 @@ class Replica:
                     before = tables.load_state(self._writer)
                     self._state = replace(before)
                     self._acknowledged = max(self._acknowledged, before.published_batch)
-                if self._schema is None or schema_cookie(self._writer) != self._schema.cookie:
+                if self._numbers is not None and self._is_stale():
                     self._install()
                 if self._acknowledged > self._state.published_batch:
                     self._state = replace(self._state, published_batch=self._acknowledged)
                     versions.forget_joins(self._writer, self._acknowledged)
+                noted = list(self._noted.values())
+                for position in noted:
+                    tables.save_position(self._writer, position)
                 yield
                 tables.save_state(self._writer, before, self._state)
             except BaseException:
@@ -148,10 +170,17 @@ class Replica:
                 raise
             finally:
                 self._lock_seconds = time.perf_counter() - started
+        for position in noted:
+            if self._noted.get(position.stream) is position:
+                del self._noted[position.stream]
+
+    def _is_stale(self) -> bool:
+        return self._schema is None or schema_cookie(self._writer) != self._schema.cookie
 
     def _install(self) -> None:
         settings = self._settings
         wanted = install.Settings(settings.node_id, settings.publish, settings.include, settings.exclude)
+        assert self._numbers is not None
         first = self._schema is None
         found, self._state = install.install(self._writer, wanted, self._state)
         if not first:
@@ -159,7 +188,11 @@ class Replica:
         self._schema = found
         self._absorber = versions.Absorber(found, settings.node_id)
         self._outbox = Outbox(
-            found, settings.node_id, group_rows=settings.group_rows, max_bytes=settings.max_transaction_bytes
+            found,
+            settings.node_id,
+            numbers=self._numbers,
+            group_rows=settings.group_rows,
+            max_bytes=settings.max_transaction_bytes,
         )
         self._applier = Applier(self._writer, found)
         self._foreign_keys = orphans.load_foreign_keys(self._writer, found)
@@ -187,6 +220,7 @@ class Replica:
 
     def _finish(self, context: Context) -> None:
         context.recorder.trim()
+        self._paused_tables = len(context.recorder.parked_tables)
         self._state = replace(
             self._state,
             batch=context.batch if context.batch_used else self._state.batch,
@@ -217,13 +251,37 @@ class Replica:
         """Writer. How far the stream was applied."""
         return tables.load_position(self._writer, stream)
 
+    @property
+    def known_schema(self) -> Schema | None:
+        """The schema as last installed; None before `open`, and after a failed write until the next one."""
+        return self._schema
+
+    @property
+    def instance_id(self) -> str:
+        """Tells this database from all others with the same node id, except its copies."""
+        return self._instance_id
+
+    @property
+    def paused_tables(self) -> int:
+        """Tables with rows that wait for the schema, as of the last apply."""
+        return self._paused_tables
+
+    def ping(self) -> None:
+        """Writer. Raises apsw.Error if the database does not answer."""
+        sql.integer(self._writer, "PRAGMA schema_version")
+
     def pending(self) -> int:
         """Reader. Rows that are not acknowledged yet: absorbed ones, and changes still in the logs."""
-        with sql.snapshot(self._reader):
-            total = versions.count_pending(self._reader, self.schema, self._published())
-            if self._settings.publish:
-                total += versions.count_logged(self._reader, self.schema)
-            return total
+        schema = self._schema
+        if schema is None:
+            return 0
+        # Not in one snapshot: the reader may be inside a pinned one.
+        return versions.count_pending(self._reader, schema, self._published()) + self.logged()
+
+    def logged(self) -> int:
+        """Reader. Changes that are not absorbed yet."""
+        schema = self._schema
+        return versions.count_logged(self._reader, schema) if schema and self._settings.publish else 0
 
     def parked(self) -> int:
         """Reader."""
@@ -235,7 +293,7 @@ class Replica:
 
     # -- publishing
 
-    def absorb(self, bound_ms: int | None = None) -> int:
+    def absorb(self, bound_ms: int | None = None, correction: Correction = NO_CORRECTION) -> int:
         """Writer. One short write transaction that moves the change logs into the version tables.
 
         bound_ms: the latest time that a write may claim (DESIGN 8); None: the server's time is not known.
@@ -244,49 +302,69 @@ class Replica:
         if not self.has_log():
             return 0
         with self._transaction():
-            return self._absorb(bound_ms)[0]
+            return self._absorb(bound_ms, correction)[0]
 
     def has_log(self) -> bool:
         """Writer. Whether there is anything to absorb; takes no lock."""
         return self._schema is None or (self._settings.publish and self._absorber.has_log(self._writer))
 
-    def _absorb(self, bound_ms: int | None) -> tuple[int, bool]:
+    def _absorb(self, bound_ms: int | None, correction: Correction = NO_CORRECTION) -> tuple[int, bool]:
         if not self._settings.publish:
             return 0, True
         bound = versions.UNBOUNDED_MS if bound_ms is None else bound_ms
-        absorbed, self._state = self._absorber.absorb(self._writer, self._state, bound_ms=bound)
+        absorbed, self._state = self._absorber.absorb(self._writer, self._state, bound_ms=bound, correction=correction)
         return absorbed.rows, absorbed.drained
 
-    def outgoing(self, after: int = 0) -> Iterator[OutgoingGroup] | None:
-        """Reader. Pending groups of one pinned snapshot, read as the iterator advances; close it to let go.
+    def pending_at_most(self, after: int, limit: int) -> bool:
+        """Writer. Whether no more than `limit` absorbed rows of batches after `after` are pending."""
+        after = max(after, self._published())
+        counted = 0
+        for table in self.schema.tables.values():
+            counted += versions.count_pending_up_to(self._writer, table, after, limit + 1 - counted)
+            if counted > limit:
+                return False
+        return True
+
+    def outgoing(self, after: int = 0, *, on_writer: bool = False) -> Iterator[OutgoingGroup] | None:
+        """Reader (or writer). Pending groups of one pinned snapshot, read as the iterator advances; close it to let go.
 
         after: batches up to this one were read before. None: the change logs were not empty in the snapshot, or the
         schema had changed; absorb and try again.
         """
-        self._reader.execute("BEGIN")
+        connection = self._writer if on_writer else self._reader
+        connection.execute("BEGIN")
         try:
             schema = self._schema
-            if schema is None or schema_cookie(self._reader) != schema.cookie or self._absorber.has_log(self._reader):
-                self._reader.execute("ROLLBACK")
-                return None
+            clean = (
+                schema is not None
+                and schema_cookie(connection) == schema.cookie
+                and not (self._settings.publish and self._absorber.has_log(connection))
+            )
         except BaseException:
-            if not self._reader.getautocommit():
-                self._reader.execute("ROLLBACK")
+            _end(connection)
             raise
-        return self._outgoing(max(after, self._published()))
+        if not clean:
+            _end(connection)
+            return None
+        return self._outgoing(connection, max(after, self._published()))
 
-    def _outgoing(self, after: int) -> Iterator[OutgoingGroup]:
+    def _outgoing(self, connection: apsw.Connection, after: int) -> Iterator[OutgoingGroup]:
         try:
-            yield from self._outbox.groups(self._reader, after)
+            yield from self._outbox.groups(connection, after)
         finally:
-            if not self._reader.getautocommit():
-                self._reader.execute("ROLLBACK")
+            _end(connection)
 
-    def outgoing_locked(self, after: int = 0, bound_ms: int | None = None, limit: int = 2_000) -> list[OutgoingGroup]:
+    def outgoing_locked(
+        self,
+        after: int = 0,
+        bound_ms: int | None = None,
+        correction: Correction = NO_CORRECTION,
+        limit: int = 2_000,
+    ) -> list[OutgoingGroup]:
         """Writer. Absorb and read about `limit` pending rows under the write lock: for an application that commits
         so fast that no snapshot with empty logs is ever seen. Empty: the log was too large, call again."""
         with self._transaction():
-            _, drained = self._absorb(bound_ms)
+            _, drained = self._absorb(bound_ms, correction)
             found: list[OutgoingGroup] = []
             if drained:
                 for group in self._outbox.groups(self._writer, max(after, self._published())):
@@ -304,9 +382,13 @@ class Replica:
         """Any thread. The stream has everything up to batch `through`; durable with the next write transaction."""
         self._acknowledged = max(self._acknowledged, through)
 
+    def note_position(self, position: Position) -> None:
+        """Any thread. A position that moved past nothing new; durable with the next write transaction."""
+        self._noted[position.stream] = position
+
     def flush(self) -> None:
-        """Writer. Make the acknowledgements durable now (before stopping)."""
-        if self._acknowledged > self._state.published_batch:
+        """Writer. Make acknowledgements and noted positions durable now (before stopping)."""
+        if self._acknowledged > self._state.published_batch or self._noted:
             with self._transaction():
                 pass
 
@@ -315,24 +397,26 @@ class Replica:
 
     # -- applying
 
-    def apply(self, delivery: Delivery, bound_ms: int | None = None) -> Applied:
+    def apply(self, delivery: Delivery, bound_ms: int | None = None, correction: Correction = NO_CORRECTION) -> Applied:
         """Writer. Everything in `delivery` takes effect and the position moves, in one write transaction.
 
         Raises apsw.BusyError, apsw.FullError, apsw.IOError with nothing changed: try again later.
         """
         while True:
             try:
-                applied = self._apply(delivery, bound_ms, careful=False)
+                applied = self._apply(delivery, bound_ms, correction, careful=False)
             except (OutOfTheOrdinaryError, TypeError, *MISFIT):  # TypeError: apsw cannot bind a RawText
-                applied = self._apply(delivery, bound_ms, careful=True)
+                applied = self._apply(delivery, bound_ms, correction, careful=True)
             if applied is not None:
                 return applied
 
-    def _apply(self, delivery: Delivery, bound_ms: int | None, *, careful: bool) -> Applied | None:
+    def _apply(
+        self, delivery: Delivery, bound_ms: int | None, correction: Correction, *, careful: bool
+    ) -> Applied | None:
         """None: the change log was too large for one transaction; a piece of it was absorbed."""
         newest: list[int] = []
         with self._transaction():
-            if not self._absorb(bound_ms)[1]:
+            if not self._absorb(bound_ms, correction)[1]:
                 return None
             context = self._context()
             step = self._applier.careful if careful else self._applier.fast
@@ -343,7 +427,7 @@ class Replica:
                 limit = item.stored_ms + self._settings.tolerance_ms
                 step(item.group, context, limit)
                 self._list_orphans(item.group, context)
-                newest.append(_newest_ms(item.group))
+                newest.append(newest_ms(item.group))
             self._finish(context)
             tables.save_position(self._writer, delivery.position)
         recorder = context.recorder
@@ -380,6 +464,16 @@ class Replica:
             reason = f"orphan: its parent in {orphan.parent_table} was deleted"
             context.recorder.conflict(table.name, orphan.child_key, local.version, None, reason, content)
 
+    def start_over(self, position: Position) -> None:
+        """Writer. The log lost what this node may need others to have: everything is pending again, whoever wrote it,
+        at the versions it has, and reading goes on at `position`. A mark is dropped when a newer version arrives."""
+        with self._transaction():
+            batch = self._state.batch + 1
+            for table in self.schema.tables.values():
+                versions.mark_all(self._writer, table, batch)
+            self._state = replace(self._state, batch=batch)
+            tables.save_position(self._writer, position)
+
     # -- time
 
     def server_time(self, server_ms: int) -> None:
@@ -402,8 +496,8 @@ class Replica:
                 )
 
     def shift_clock(self, *, from_ms: int, to_ms: int, delta_ms: int) -> int:
-        """Writer. This boot's clock was wrong by `delta_ms` while it showed from_ms..to_ms: correct the times of what
-        was written then and not yet acknowledged. Returns the number of versions changed."""
+        """Writer. This boot's clock was behind by `delta_ms` while it showed from_ms..to_ms: correct the times of
+        what was written then and not yet acknowledged. Returns the number of versions changed."""
         with self._transaction():
             while not self._absorb(None)[1]:
                 pass
@@ -412,7 +506,7 @@ class Replica:
                     self._writer,
                     table,
                     node_id=self._settings.node_id,
-                    after_batch=self._state.published_batch,
+                    after_batch=max(self._state.published_batch, self._state.boot_batch),
                     from_ms=from_ms,
                     to_ms=to_ms,
                     delta_ms=delta_ms,
@@ -435,12 +529,18 @@ class Replica:
             return total
 
 
+def _end(connection: apsw.Connection) -> None:
+    if not connection.getautocommit():
+        connection.execute("ROLLBACK")
+
+
 def _in_order(delivery: Delivery) -> Iterator[ReceivedGroup | Undecodable]:
     items: list[ReceivedGroup | Undecodable] = [*delivery.groups, *delivery.undecodable]
     yield from sorted(items, key=lambda item: item.sequence)
 
 
-def _newest_ms(group: Group) -> int:
+def newest_ms(group: Group) -> int:
+    """The newest version time in a group, 0 if it is empty."""
     stamps = (stamps for changes in group.tables for stamps in (changes.row_stamps, changes.deleted_stamps))
     return max((max(map(itemgetter(0), each)) for each in stamps if each), default=0)
 
@@ -448,43 +548,3 @@ def _newest_ms(group: Group) -> int:
 def _keys(changes: TableChanges) -> list[Row]:
     positions = [changes.columns.index(name) for name in changes.key]
     return [tuple(row[position] for position in positions) for row in changes.rows]
-
-
-@dataclass(frozen=True, slots=True)
-class CleanupReport:
-    """tables: how many were captured; absorbed: log rows taken over; pending: rows that were never published."""
-
-    tables: int
-    absorbed: int
-    pending: int
-
-
-class CleanupRefused(Exception):  # noqa: N818 - the name is part of the interface
-    """Rows would be lost."""
-
-
-def cleanup(path: Path, *, everything: bool, force: bool) -> CleanupReport:
-    """Remove our triggers and change logs after absorbing them; `everything`: every table of ours.
-
-    Raises CleanupRefused when `everything` would drop unpublished changes and `force` is not given.
-    """
-    connection = sql.open_writer(path)
-    try:
-        with sql.write_transaction(connection):
-            if tables.META.strip('"') not in capture.installed(connection).tables:
-                return CleanupReport(0, 0, 0)
-            node_id = tables.get_meta(connection, "node_id")
-            before = tables.load_state(connection)
-            settings = install.Settings(node_id if isinstance(node_id, int) else 0, False, (), ())
-            logged = versions.count_logged_anywhere(connection)
-            schema, state = install.install(connection, settings, before)
-            tables.save_state(connection, before, state)
-            pending = versions.count_pending(connection, schema, state.published_batch)
-            if everything and pending and not force:
-                raise CleanupRefused(
-                    f"{pending} changed rows were never published and would be forgotten; start the daemon and let it"
-                    " publish them, or use --force"
-                )
-            return CleanupReport(install.uninstall(connection, everything=everything), logged, pending)
-    finally:
-        connection.close()

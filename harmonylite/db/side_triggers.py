@@ -16,21 +16,24 @@ A re-created trigger may write a table that has triggers of its own; those follo
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import NamedTuple
 
 import apsw
 
 from harmonylite.db.sql import PREFIX, normal, quote, rows, scalar
-from harmonylite.db.trigger_sql import Declaration, parse
+from harmonylite.db.trigger_probe import Write, compile_error, firing_statement, probe
+from harmonylite.db.trigger_sql import Declaration, Reference, parse
 
 log = logging.getLogger(__name__)
 
 TEMP_PREFIX = f"{PREFIX}side_"
-_PROBE = f"{PREFIX}probe"
+
+# The schema of an attached database in memory. (TEMP triggers of TEMP tables do not fire where the schema's
+# triggers are switched off, in SQLite 3.40 and 3.46.)
+_RELAY_SCHEMA = f"{PREFIX}relay"
+_RELAYS = quote(_RELAY_SCHEMA)
 
 
 class Fate(Enum):
@@ -42,19 +45,11 @@ class Fate(Enum):
     REFUSED = "refused"
 
 
-class Write(NamedTuple):
-    """One kind of write of a trigger's body, as SQLite's authorizer names it. `column`: of an UPDATE."""
-
-    event: str  # INSERT, UPDATE, DELETE
-    table: str
-    column: str | None
-
-
 @dataclass(frozen=True, slots=True)
 class SideTrigger:
     """A trigger of the application that changes from other nodes would fire, and what becomes of it.
 
-    `reason` says why it is refused. `sql` creates the TEMP trigger; "" unless it is re-created.
+    `reason` says why it is refused. `statements` re-create it; none unless that is its fate.
     """
 
     name: str
@@ -64,7 +59,7 @@ class SideTrigger:
     columns: tuple[str, ...] = ()  # of UPDATE OF
     writes: frozenset[Write] = frozenset()
     reason: str = ""
-    sql: str = ""
+    statements: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +88,10 @@ def install(connection: apsw.Connection, replicated: frozenset[str]) -> Report:
     _require_triggers_off(connection)
     with connection:  # a savepoint: the schema does not change in between
         remove(connection)
-        report = Report(tuple(_judge_all(connection, replicated)))
+        report = Report(tuple(_Judge(connection, replicated).all()))
         for trigger in report.recreated:
-            connection.execute(trigger.sql)
+            for sql in trigger.statements:
+                connection.execute(sql)
     for trigger in report.refused:
         log.warning(
             "trigger does not run for rows from other nodes; what it maintains will be stale",
@@ -106,25 +102,34 @@ def install(connection: apsw.Connection, replicated: frozenset[str]) -> Report:
 
 
 def classify(connection: apsw.Connection, replicated: frozenset[str]) -> list[SideTrigger]:
-    """What `install` would do, with the same conditions; the connection is left as it was."""
+    """What `install` would do, with the same conditions; nothing is left behind."""
     _require_triggers_off(connection)
     connection.execute("SAVEPOINT classify")
     try:
         remove(connection)
-        return list(_judge_all(connection, replicated))
+        return list(_Judge(connection, replicated).all())
     finally:
         connection.execute("ROLLBACK TO classify")
         connection.execute("RELEASE classify")
 
 
 def remove(connection: apsw.Connection) -> None:
-    """Drop the TEMP triggers that `install` made."""
-    for name in _temp_triggers(connection):
-        connection.execute(f"DROP TRIGGER IF EXISTS temp.{quote(name)}")
-    if not _temp_triggers(connection):
-        return
-    # SQLite forgets a TEMP trigger whose table is gone but keeps its text: it would come back with a table of
-    # that name, a second time beside the one made then. DROP TRIGGER does not find it.
+    """Drop what `install` made."""
+    with connection:
+        # Makes SQLite notice that the schema has changed, which may bring TEMP triggers back or take them away.
+        rows(connection, "SELECT 1 FROM main.sqlite_schema LIMIT 1")
+        for name in _temp_triggers(connection):
+            connection.execute(f"DROP TRIGGER IF EXISTS temp.{quote(name)}")
+        if _relays_attached(connection):
+            for (name,) in rows(connection, f"SELECT name FROM {_RELAYS}.sqlite_schema WHERE type = 'table'"):
+                connection.execute(f"DROP TABLE {_RELAYS}.{quote(name)}")
+        if _temp_triggers(connection):
+            _remove_orphans(connection)
+
+
+def _remove_orphans(connection: apsw.Connection) -> None:
+    """SQLite forgets a TEMP trigger whose table is gone but keeps its text: it would come back with a table of
+    that name, a second time beside the one made then. DROP TRIGGER does not find it."""
     before = scalar(connection, "PRAGMA writable_schema")
     connection.execute("PRAGMA writable_schema=ON")
     try:
@@ -149,60 +154,82 @@ def _require_triggers_off(connection: apsw.Connection) -> None:
 # Which triggers, and what becomes of them.
 
 
-def _judge_all(connection: apsw.Connection, replicated: frozenset[str]) -> Iterator[SideTrigger]:
-    """In the order in which the application made them."""
-    by_table: dict[str, list[tuple[int, str, str, bytes]]] = {}
-    listed = "SELECT rowid, name, tbl_name, CAST(sql AS BLOB) FROM main.sqlite_schema WHERE type = 'trigger'"
-    for number, name, table, sql in rows(connection, listed):
-        if not normal(name).startswith(PREFIX):
-            by_table.setdefault(normal(table), []).append((number, name, table, sql))
+class _Judge:
+    """The schema's triggers, and what becomes of each that changes from other nodes reach."""
 
-    received = frozenset(map(normal, replicated))
-    judged: dict[int, SideTrigger] = {}
-    tables = sorted(received & by_table.keys())
-    seen = set(tables)
-    while tables:
-        for number, name, table, sql in by_table.get(tables.pop(), ()):
-            trigger = _judge(connection, name, table, sql, received)
-            judged[number] = trigger
-            if trigger.fate is Fate.RECREATED:
-                written = {normal(write.table) for write in trigger.writes} - seen
-                seen |= written
-                tables.extend(sorted(written))
-    for number in sorted(judged):
-        yield _refuse_if_recursive(judged[number], list(judged.values()))
-
-
-def _judge(connection: apsw.Connection, name: str, table: str, sql: bytes, received: frozenset[str]) -> SideTrigger:
-    refused = SideTrigger(name, table, Fate.REFUSED)
-    try:
-        declaration = parse(sql.decode())
-    except ValueError as error:  # a UnicodeDecodeError is one
-        return replace(refused, reason=f"its definition cannot be read: {error}")
-    statement = _firing_statement(connection, declaration, table)
-    if statement is None:
-        return replace(refused, fate=Fate.NO_WRITES)
-    probed = _probe(connection, declaration.temp_sql(_PROBE, table), statement)
-    trigger = replace(refused, event=declaration.event, columns=declaration.columns, writes=frozenset(probed.writes))
-    inside = sorted({write.table for write in probed.writes if normal(write.table) in received})
-    outside = sorted({write.table for write in probed.writes if normal(write.table) not in received})
-    if probed.error:
-        return replace(trigger, reason=f"it cannot be prepared here: {probed.error}")
-    if not probed.writes:
-        return replace(trigger, fate=Fate.NO_WRITES)
-    if not outside:
-        return replace(trigger, fate=Fate.ROWS_ARRIVE)
-    if inside:
-        both = f"replicated tables ({', '.join(inside)}) and others ({', '.join(outside)})"
-        return replace(trigger, reason=f"it writes {both}; split it in two")
-    if probed.missing_functions:
-        return replace(
-            trigger, reason=f"it calls what only the application has: {', '.join(sorted(probed.missing_functions))}"
+    def __init__(self, connection: apsw.Connection, replicated: frozenset[str]) -> None:
+        self._connection = connection
+        self._received = frozenset(map(normal, replicated))
+        self._on_table: dict[str, list[tuple[int, str, str, bytes]]] = {}
+        triggers = "SELECT rowid, name, tbl_name, CAST(sql AS BLOB) FROM main.sqlite_schema WHERE type = 'trigger'"
+        for number, name, table, sql in rows(connection, triggers):
+            if not normal(name).startswith(PREFIX):
+                self._on_table.setdefault(normal(table), []).append((number, name, table, sql))
+        resolving = (
+            "SELECT name FROM main.sqlite_schema WHERE type = 'table' AND instr(upper(CAST(sql AS BLOB)), 'CONFLICT')"
         )
-    if declaration.raises():
-        return replace(trigger, reason="it can RAISE, which would keep rows out; split it in two")
-    temp_sql = declaration.temp_sql(TEMP_PREFIX + name, table)
-    return replace(trigger, fate=Fate.RECREATED, sql=temp_sql)
+        self._resolving = frozenset(normal(name) for (name,) in rows(connection, resolving))
+
+    def all(self) -> Iterator[SideTrigger]:
+        """In the order in which the application made them."""
+        judged: dict[int, SideTrigger] = {}
+        tables = sorted(self._received & self._on_table.keys())
+        seen = set(tables)
+        while tables:
+            for number, name, table, sql in self._on_table.get(tables.pop(), ()):
+                trigger = self._judge(name, table, sql)
+                judged[number] = trigger
+                if trigger.fate is Fate.RECREATED:
+                    written = {normal(write.table) for write in trigger.writes} - seen
+                    seen |= written
+                    tables.extend(sorted(written))
+        for number in sorted(judged):
+            yield _refuse_if_recursive(judged[number], list(judged.values()))
+
+    def _judge(self, name: str, table: str, sql: bytes) -> SideTrigger:
+        refused = SideTrigger(name, table, Fate.REFUSED)
+        try:
+            declaration = parse(sql.decode())
+        except ValueError as error:  # a UnicodeDecodeError is one
+            return replace(refused, reason=f"its definition cannot be read: {error}")
+        statement = firing_statement(self._connection, declaration, table)
+        if statement is None:
+            return replace(refused, fate=Fate.NO_WRITES)
+        probed = probe(self._connection, declaration, table, statement)
+        trigger = replace(refused, event=declaration.event, columns=declaration.columns, writes=probed.writes)
+        inside = sorted({write.table for write in probed.writes if normal(write.table) in self._received})
+        outside = sorted({write.table for write in probed.writes if normal(write.table) not in self._received})
+        if probed.error:
+            return replace(trigger, reason=f"it cannot be prepared here: {probed.error}")
+        if not probed.writes:
+            return replace(trigger, fate=Fate.NO_WRITES)
+        if not outside:
+            return replace(trigger, fate=Fate.ROWS_ARRIVE)
+        if inside:
+            both = f"replicated tables ({', '.join(inside)}) and others ({', '.join(outside)})"
+            return replace(trigger, reason=f"it writes {both}; split it in two")
+        if probed.missing_functions:
+            names = ", ".join(sorted(probed.missing_functions))
+            return replace(trigger, reason=f"it calls what only the application has: {names}")
+        if declaration.raises():
+            return replace(trigger, reason="it can RAISE, which would keep rows out; split it in two")
+        return self._recreated(trigger, declaration, statement)
+
+    def _recreated(self, trigger: SideTrigger, declaration: Declaration, firing: str) -> SideTrigger:
+        table, received = trigger.table, normal(trigger.table) in self._received
+        if received and (declaration.timing, declaration.event) == ("BEFORE", "INSERT"):
+            declaration = only_for_new_rows(self._connection, declaration, table)
+        written = {normal(write.table) for write in trigger.writes}
+        resolves = declaration.resolves_conflicts() or written & (self._resolving | self._on_table.keys())
+        # One that another trigger fires gets the conflict clause that it gets in the application.
+        if received and resolves:
+            statements = relayed(self._connection, declaration, trigger.name, table)
+        else:
+            statements = (declaration.temp_sql(TEMP_PREFIX + trigger.name, table),)
+        error = compile_error(self._connection, statements, firing)
+        if error:
+            return replace(trigger, reason=f"it cannot be re-created: {error}")
+        return replace(trigger, fate=Fate.RECREATED, statements=statements)
 
 
 def _refuse_if_recursive(trigger: SideTrigger, triggers: Sequence[SideTrigger]) -> SideTrigger:
@@ -223,7 +250,7 @@ def _refuse_if_recursive(trigger: SideTrigger, triggers: Sequence[SideTrigger]) 
         pending += fired
     if trigger not in reached:
         return trigger
-    return replace(trigger, fate=Fate.REFUSED, sql="", reason="it fires itself again")
+    return replace(trigger, fate=Fate.REFUSED, statements=(), reason="it fires itself again")
 
 
 def _fires(source: SideTrigger, other: SideTrigger) -> bool:
@@ -236,76 +263,65 @@ def _fires(source: SideTrigger, other: SideTrigger) -> bool:
     )
 
 
-# Asking SQLite what a trigger does.
+# What the connection's own way of writing would do to them.
 
 
-@dataclass(frozen=True, slots=True)
-class _Probed:
-    writes: tuple[Write, ...]
-    missing_functions: tuple[str, ...] = ()
-    error: str = ""
+def only_for_new_rows(connection: apsw.Connection, declaration: Declaration, table: str) -> Declaration:
+    """An UPSERT that updates fires BEFORE INSERT triggers first (https://sqlite.org/lang_upsert.html); where the
+    row was written, an UPDATE did not."""
+    keys = rows(connection, "SELECT name FROM pragma_table_xinfo(?, 'main') WHERE pk ORDER BY pk", (table,))
+    same = " AND ".join(f"r.{quote(name)} = NEW.{quote(name)}" for (name,) in keys)
+    new = f"NOT EXISTS (SELECT 1 FROM {quote(table)} AS r WHERE {same})"
+    condition = f"({declaration.condition}\n) AND {new}" if declaration.condition else new
+    return replace(declaration, condition=condition)
 
 
-_WRITES = {apsw.SQLITE_INSERT: "INSERT", apsw.SQLITE_UPDATE: "UPDATE", apsw.SQLITE_DELETE: "DELETE"}
-_NO_SUCH_FUNCTION = re.compile(r"no such function: (.+)", re.DOTALL)
+def relayed(connection: apsw.Connection, declaration: Declaration, name: str, table: str) -> tuple[str, ...]:
+    """The same trigger, out of reach of the conflict clause of the statement that fires it.
 
-
-def _probe(connection: apsw.Connection, create: str, statement: str) -> _Probed:
-    """Create the trigger alone, and prepare the statement that fires it. Nothing is written.
-
-    Functions of the application get a stand-in, so that what the trigger writes is known all the same.
+    An OR clause, and the UPDATE of an UPSERT, take the place of every conflict clause in the triggers they fire
+    (https://sqlite.org/lang_createtrigger.html): the body's INSERT OR REPLACE would fail on a duplicate. A DELETE
+    has none, and passes none on. So the trigger hands its values over to a table in memory and deletes them
+    there again; the body runs as the trigger of that deletion.
     """
-    missing: list[str] = []
-    try:
-        while True:
-            writes: list[Write] = []
-            try:
-                _prepare(connection, create, statement, writes)
-                return _Probed(tuple(writes), tuple(missing))
-            except apsw.Error as error:
-                text = str(error).removeprefix(f"{type(error).__name__}: ")  # older apsw puts it there
-                unknown = _NO_SUCH_FUNCTION.search(text)
-                if unknown is None or unknown[1] in missing:
-                    return _Probed(tuple(writes), tuple(missing), text)
-                missing.append(unknown[1])
-                connection.createscalarfunction(unknown[1], _stand_in)
-    finally:
-        for name in missing:
-            connection.createscalarfunction(name, None)
+    relay = quote(f"{PREFIX}relay_{name}")
+    if not _relays_attached(connection):
+        connection.execute(f"ATTACH ':memory:' AS {_RELAYS}")
+    rowid = _rowid_names(connection, table)
+    columns: list[str] = []
+    values: list[str] = []
+    used: dict[Reference, str] = {}
+    for i, reference in enumerate(declaration.references()):
+        values.append(f"{reference.row}.{quote(reference.column)}")
+        # NEW and OLD compare by the collation of the column and without its affinity, except for the rowid's.
+        if reference.column in rowid:
+            columns.append(f"c{i}")
+            used[reference] = f"CAST(OLD.c{i} AS INTEGER)"
+        else:
+            columns.append(f"c{i} COLLATE {quote(_collation(connection, table, reference.column))}")
+            used[reference] = f"OLD.c{i}"
+    hand_over = f"BEGIN INSERT INTO {relay} VALUES ({', '.join(values or ['NULL'])}); DELETE FROM {relay}; END"
+    return (
+        f"CREATE TABLE {_RELAYS}.{relay} ({', '.join(columns or ['c0'])})",
+        f"CREATE TEMP TRIGGER {relay} AFTER DELETE ON {_RELAYS}.{relay} {declaration.body_with(used)}",
+        replace(declaration, body=hand_over).temp_sql(TEMP_PREFIX + name, table),
+    )
 
 
-def _stand_in(*_: object) -> None:
-    """Never called: statements are only prepared."""
+def _relays_attached(connection: apsw.Connection) -> bool:
+    return bool(scalar(connection, "SELECT 1 FROM pragma_database_list WHERE name = ?", (_RELAY_SCHEMA,)))
 
 
-def _prepare(connection: apsw.Connection, create: str, statement: str, writes: list[Write]) -> None:
-    """Append to `writes` what the body of the probing trigger writes. Raises apsw.Error if it does not compile."""
-
-    def authorize(code: int, first: str | None, second: str | None, _schema: str | None, source: str | None) -> int:
-        if source == _PROBE and code in _WRITES and first is not None:
-            writes.append(Write(_WRITES[code], first, second))
-        return apsw.SQLITE_OK
-
-    connection.execute(create)
-    before = connection.authorizer
-    connection.authorizer = authorize
-    try:
-        connection.execute(f"EXPLAIN {statement}").fetchall()
-    finally:
-        connection.authorizer = before
-        connection.execute(f"DROP TRIGGER temp.{quote(_PROBE)}")
+def _rowid_names(connection: apsw.Connection, table: str) -> set[str]:
+    """By which normalized names the table's rowid goes: that of an INTEGER PRIMARY KEY, and the built-in ones."""
+    columns = rows(connection, "SELECT name, pk FROM pragma_table_xinfo(?, 'main')", (table,))
+    indexed = scalar(connection, "SELECT 1 FROM pragma_index_list(?, 'main') WHERE origin = 'pk'", (table,))
+    alias = {normal(name) for name, position in columns if position and not indexed}
+    return alias | {"rowid", "oid", "_rowid_"} - {normal(name) for name, _ in columns}
 
 
-def _firing_statement(connection: apsw.Connection, declaration: Declaration, table: str) -> str | None:
-    """A statement that fires the trigger. None: none does, as no column that it names exists."""
-    target = f"main.{quote(table)}"
-    if declaration.event == "INSERT":
-        return f"INSERT INTO {target} DEFAULT VALUES"
-    if declaration.event == "DELETE":
-        return f"DELETE FROM {target}"
-    named = set(map(normal, declaration.columns))
-    columns = "SELECT name FROM pragma_table_xinfo(?, 'main') WHERE hidden = 0"
-    for (name,) in rows(connection, columns, (table,)):
-        if not named or normal(name) in named:
-            return f"UPDATE {target} SET {quote(name)} = {quote(name)}"
-    return None
+def _collation(connection: apsw.Connection, table: str, column: str) -> str:
+    """No pragma tells a column's collation, but the program of a comparison names it: `NOCASE-8`."""
+    program = rows(connection, f"EXPLAIN SELECT {quote(column)} > ? FROM main.{quote(table)}", (None,))
+    found = [row[5] for row in program if row[1] in ("Gt", "Lt", "Ge", "Le") and row[5]]
+    return str(found[0]).rsplit("-", 1)[0] if found else "BINARY"

@@ -21,6 +21,8 @@ UNDECODABLE = quote(f"{PREFIX}undecodable")
 
 FORMAT = 1
 
+META_VALUE = f"SELECT value FROM {META} WHERE name = ?"
+
 CREATE = (
     f"CREATE TABLE IF NOT EXISTS {META} (name TEXT PRIMARY KEY, value) WITHOUT ROWID",
     f"CREATE TABLE IF NOT EXISTS {POSITION} (stream TEXT PRIMARY KEY, created TEXT NOT NULL,"
@@ -48,7 +50,8 @@ class State:
 
     batch: the newest absorb batch that was given out; open_batch: one that a large log is still being absorbed
     into (0: none); published_batch: everything up to it was acknowledged; floor_ms: the newest time this node
-    itself has seen on its own clock or, while connected, on the server's; conflicts_total: ever recorded.
+    itself has seen on its own clock or, while connected, on the server's; conflicts_total: ever recorded;
+    boot_batch: the newest batch when this boot of the machine began.
     """
 
     batch: int = 0
@@ -56,6 +59,7 @@ class State:
     published_batch: int = 0
     floor_ms: int = 0
     conflicts_total: int = 0
+    boot_batch: int = 0
 
 
 _STATE_FIELDS = tuple(field.name for field in fields(State))
@@ -81,7 +85,7 @@ def create(connection: apsw.Connection) -> None:
 
 
 def get_meta(connection: apsw.Connection, name: str) -> object:
-    return scalar(connection, f"SELECT value FROM {META} WHERE name = ?", (name,))
+    return scalar(connection, META_VALUE, (name,))
 
 
 def set_meta(connection: apsw.Connection, name: str, value: int | str) -> None:

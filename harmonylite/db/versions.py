@@ -28,6 +28,17 @@ ABSORB_ROWS = 5_000
 
 
 @dataclass(frozen=True, slots=True)
+class Correction:
+    """Times up to `until_ms` were logged by a clock that was `delta_ms` behind the true one (DESIGN 8)."""
+
+    delta_ms: int = 0
+    until_ms: int = UNBOUNDED_MS
+
+
+NO_CORRECTION = Correction()
+
+
+@dataclass(frozen=True, slots=True)
 class Absorb:
     """The statements that absorb one table's log; built once per schema change."""
 
@@ -45,6 +56,7 @@ class Absorb:
         log, version, keys = log_table(table.name), version_table(table.name), key_columns(table)
         ours = " AND ".join(f"v.k{i} = l.k{i}" for i in range(len(table.key)))
         gone = f"NOT EXISTS (SELECT 1 FROM {quote(table.name)} AS r WHERE {key_match(table, 'l', 'r')})"
+        logged = "l.ts + CASE WHEN l.ts <= :until THEN :delta ELSE 0 END"
         risky = any(not index.plain for index in table.uniques)
         return cls(
             table=table,
@@ -54,7 +66,7 @@ class Absorb:
             ),
             upsert=(
                 f"INSERT INTO {version} ({keys}, ts, node, deleted, batch)"
-                f" SELECT {keys}, min(max(max(l.ts), :floor), :bound), :node, {gone}, :batch"
+                f" SELECT {keys}, min(max(max({logged}), :floor), :bound), :node, {gone}, :batch"
                 f" FROM {log} AS l WHERE l.seq <= :end GROUP BY {keys}"
                 f" HAVING min(l.op) < {MAYBE_EVICTED} OR {gone}"
                 f" ON CONFLICT ({keys}) DO UPDATE SET ts = max(excluded.ts, ts + 1), node = excluded.node, rank = 0,"
@@ -64,7 +76,7 @@ class Absorb:
             ),
             clear=f"DELETE FROM {log}",
             clear_through=f"DELETE FROM {log} WHERE seq <= ?",
-            last_ts=f"SELECT max(ts) FROM {log} WHERE seq <= ?",
+            last_ts=f"SELECT max({logged}) FROM {log} AS l WHERE seq <= :end",
             end=f"SELECT max(seq) FROM {log}",
             vanished=vanished_sql(table) if risky else None,
         )
@@ -108,6 +120,7 @@ class Absorber:
         state: State,
         *,
         bound_ms: int,
+        correction: Correction = NO_CORRECTION,
         limit: int = ABSORB_ROWS,
     ) -> tuple[Absorbed, State]:
         """Absorb up to about `limit` log rows. Returns what was done and the new state, which the caller saves.
@@ -133,7 +146,7 @@ class Absorber:
         if not todo:
             return Absorbed(0, 0, drained, ()), state
         batch = state.batch + 1
-        joined = [self._absorb_table(connection, state, each, end, batch, bound_ms) for each, end in todo]
+        joined = [self._absorb_table(connection, state, each, end, batch, bound_ms, correction) for each, end in todo]
         lows = [low for low, _ in joined if low] + ([state.open_batch] if state.open_batch else [])
         if lows:
             join(connection, min(lows), batch)
@@ -143,22 +156,30 @@ class Absorber:
         return Absorbed(taken, batch, drained, tuple(each.table for each, _ in todo)), after
 
     def _absorb_table(
-        self, connection: apsw.Connection, state: State, each: Absorb, end: int, batch: int, bound_ms: int
+        self,
+        connection: apsw.Connection,
+        state: State,
+        each: Absorb,
+        end: int,
+        batch: int,
+        bound_ms: int,
+        correction: Correction,
     ) -> tuple[int, int]:
         """Returns the lowest pending batch that lost a row to this one (0: none), and the newest logged time."""
         published = state.published_batch
         low = 0
         if has_pending(connection, each.table, published):
             low = integer(connection, each.joined, (published, end))
-        newest = integer(connection, each.last_ts, (end,))
+        clock = {"end": end, "until": correction.until_ms, "delta": correction.delta_ms}
+        newest = integer(connection, each.last_ts, clock)
         connection.execute(
             each.upsert,
             {
+                **clock,
                 "floor": state.floor_ms,
                 "bound": bound_ms,
                 "node": self._node_id,
                 "batch": batch,
-                "end": end,
                 "published": published,
             },
         )
@@ -189,6 +210,12 @@ def count_pending(connection: apsw.Connection, schema: Schema, published: int) -
         integer(connection, f"SELECT count(*) FROM {version_table(table.name)} WHERE batch > ?", (published,))
         for table in schema.tables.values()
     )
+
+
+def count_pending_up_to(connection: apsw.Connection, table: Table, after: int, limit: int) -> int:
+    """Pending rows of batches after `after`, counted no further than `limit`."""
+    pending = f"SELECT 1 FROM {version_table(table.name)} WHERE batch > ? LIMIT ?"
+    return integer(connection, f"SELECT count(*) FROM ({pending})", (after, limit))
 
 
 def count_logged(connection: apsw.Connection, schema: Schema) -> int:
@@ -244,6 +271,11 @@ def recapture(connection: apsw.Connection, table: Table, *, node_id: int, batch:
         {"node": node_id, "batch": batch},
     )
     return changed + connection.changes()
+
+
+def mark_all(connection: apsw.Connection, table: Table, batch: int) -> None:
+    """Every row and tombstone is to be published again, at its version, in batch `batch`."""
+    connection.execute(f"UPDATE {version_table(table.name)} SET batch = ?, settled_ms = NULL", (batch,))
 
 
 def clamp(connection: apsw.Connection, table: Table, *, node_id: int, published: int, bound_ms: int) -> int:

@@ -1,0 +1,288 @@
+"""What `doctor` looks at on the machine: the database's place, the clock, NATS, ports, the snapshot store."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import os
+import shutil
+import socket
+import stat
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+from harmonylite import clock
+from harmonylite.config import Config, mask_url, split_address
+from harmonylite.config.model import KEYS, value_of
+from harmonylite.db import inspect
+from harmonylite.db.inspect import DatabaseUnreadable
+from harmonylite.stream.server_process import StartError, binary_version, find_binary
+
+Level = Literal["ok", "warn", "fail"]
+
+# WAL needs memory shared between all processes that have the database open, and locks that work
+# (https://sqlite.org/wal.html#noshm): a network or host-shared file system gives neither.
+_NETWORK_FILE_SYSTEMS = frozenset(
+    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "vboxsf", "fuse.sshfs", "fuse.glusterfs"}
+)
+_FAIL_FREE_BYTES = 20 << 20
+_WARN_FREE_BYTES = 200 << 20
+_OLDEST_SERVER = (2, 9, 0)
+_CONNECT_TIMEOUT_S = 3.0
+# 2024-01-01: a clock before that was never set on this device.
+_PLAUSIBLE_TIME_S = 1_704_067_200
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One finding. advice: what to do about it, empty when nothing."""
+
+    name: str
+    level: Level
+    text: str
+    advice: str = ""
+
+
+def config_file(config: Config) -> Iterator[Check]:
+    """The file was read and is valid; are its notes worth a look, and can others read its secrets?"""
+    yield Check("config", "ok", f"{config.file} has no mistakes")
+    for note in config.notes:
+        yield Check("config", "warn", f"{note.key} {note.message}", "harmonylite check-config shows where")
+    inline = [key.name for key in KEYS.values() if key.rule.secret and _stands_in_file(config, key.name)]
+    if inline and config.file is not None and config.file.stat().st_mode & stat.S_IROTH:
+        yield Check(
+            "config", "warn", f"every user can read {', '.join(inline)} in {config.file}", f"chmod o-r {config.file}"
+        )
+
+
+def _stands_in_file(config: Config, secret: str) -> bool:
+    """Does the secret stand in the configuration file itself, rather than where `KEY_file` or systemd put it?"""
+    from_systemd = bool(os.environ.get("CREDENTIALS_DIRECTORY"))
+    return bool(value_of(config, secret)) and not value_of(config, f"{secret}_file") and not from_systemd
+
+
+def user() -> Iterator[Check]:
+    if os.geteuid() == 0:
+        yield Check(
+            "user",
+            "ok",
+            "root: it may open every file, whatever the daemon's user may",
+            "to see what the daemon may: sudo -u harmonylite harmonylite doctor",
+        )
+
+
+def database_files(path: Path) -> Iterator[Check]:
+    """May this user open the database and its companions for writing, and create the latter?"""
+    folder = path.parent
+    if not folder.is_dir():
+        yield Check("database", "fail", f"{folder}: there is no such directory", "create it, or correct db_path")
+        return
+    if not path.exists():
+        yield Check("database", "warn", f"{path} does not exist", "the first start creates it, or fetches a copy")
+    for file in (path, Path(f"{path}-wal"), Path(f"{path}-shm")):
+        if file.exists() and not _writable(file):
+            yield Check("database", "fail", f"{file} is not writable by this user", _permission_advice(file))
+        elif file == path and file.exists():
+            yield Check("database", "ok", f"{path} may be read and written by this user")
+    if _writable(folder):
+        yield Check("directory", "ok", f"{folder} is writable, as the -wal and -shm files need")
+    else:
+        advice = f"{_permission_advice(folder)}; the application's group and mode 2770 are a usual choice"
+        yield Check("directory", "fail", f"{folder} is not writable by this user: WAL needs that", advice)
+
+
+def _writable(path: Path) -> bool:
+    needed = os.R_OK | os.W_OK | (os.X_OK if path.is_dir() else 0)
+    return os.access(path, needed, effective_ids=os.access in os.supports_effective_ids)
+
+
+def _permission_advice(path: Path) -> str:
+    state = path.stat()
+    return f"it belongs to user {state.st_uid}, group {state.st_gid}, mode {stat.S_IMODE(state.st_mode):o}"
+
+
+def database_content(config: Config, *, running: bool) -> Iterator[Check]:
+    """Journal mode, capture, and tables that cannot be replicated."""
+    path = config.db_path
+    if not path.exists():
+        return
+    try:
+        health = inspect.health(path, config.tables.include, config.tables.exclude)
+    except DatabaseUnreadable as error:
+        yield Check("database", "fail", str(error), "correct db_path, or restore the file")
+        return
+    if health.journal_mode == "wal":
+        yield Check("journal", "ok", "the database is in WAL mode")
+    else:
+        yield Check("journal", "warn", f"journal mode is {health.journal_mode}", "the daemon switches it to WAL")
+    yield _capture(config, health, running=running)
+    for table in health.skipped:
+        yield Check("tables", "warn", f"{table.table} is not replicated: {table.reason}")
+
+
+def _capture(config: Config, health: inspect.Health, *, running: bool) -> Check:
+    if not config.publish:
+        return Check("capture", "ok", "not wanted: publish = false")
+    if not health.tables:
+        return Check("capture", "warn", "no table can be replicated", "create one with a primary key, or see [tables]")
+    if not health.uncaptured:
+        return Check("capture", "ok", f"installed on {len(health.tables)} of {len(health.tables)} tables")
+    text = f"changes of {', '.join(health.uncaptured)} are not captured"
+    if running:
+        return Check("capture", "fail", text, "see the daemon's log")
+    return Check("capture", "warn", text, "the daemon installs it when it starts")
+
+
+def file_system(path: Path) -> Iterator[Check]:
+    """Is the database on a local file system with room?"""
+    folder = path.parent
+    if not folder.is_dir():
+        return
+    kind, options = mount_of(folder)
+    if kind in _NETWORK_FILE_SYSTEMS:
+        yield Check(
+            "file system", "fail", f"{folder} is on {kind}: SQLite's WAL does not work there", "move it to a local disk"
+        )
+    elif "ro" in options:
+        yield Check("file system", "fail", f"{folder} is mounted read-only", "check the card: dmesg tells why")
+    elif kind in ("tmpfs", "ramfs"):
+        yield Check("file system", "warn", f"{folder} is in memory: all is lost at a reboot", "move it to a disk")
+    else:
+        yield Check("file system", "ok", f"{folder} is on {kind or 'an unknown file system'}")
+    free = shutil.disk_usage(folder).free
+    text = f"{free >> 20:,} MB free on {folder}"
+    if free < _FAIL_FREE_BYTES:
+        yield Check("disk", "fail", text, "make room: changes cannot be recorded on a full disk")
+    elif free < _WARN_FREE_BYTES:
+        yield Check("disk", "warn", text, "make room before the disk is full")
+    else:
+        yield Check("disk", "ok", text)
+
+
+def mount_of(folder: Path, table: Path = Path("/proc/self/mountinfo")) -> tuple[str, tuple[str, ...]]:
+    """(type, mount options) of the file system that holds `folder`; ("", ()) if unknown. Format: proc(5)."""
+    real = folder.resolve()
+    best: tuple[int, str, tuple[str, ...]] = (-1, "", ())
+    try:
+        lines = table.read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return "", ()
+    for line in lines:
+        fields, _, tail = line.partition(" - ")
+        parts = fields.split(" ")
+        if len(parts) < 6 or not tail:
+            continue
+        point = Path(parts[4].replace("\\040", " ").replace("\\011", "\t").replace("\\134", "\\"))
+        # A later mount on the same point hides the earlier one.
+        if real.is_relative_to(point) and len(point.parts) >= best[0]:
+            best = (len(point.parts), tail.split(" ")[0], tuple(parts[5].split(",")))
+    return best[1], best[2]
+
+
+def clock_state() -> Iterator[Check]:
+    if time.time() < _PLAUSIBLE_TIME_S:
+        when = time.strftime("%Y-%m-%d", time.gmtime())
+        yield Check("clock", "warn", f"the clock stands at {when}", "set it, or let NTP: timedatectl set-ntp true")
+        return
+    synchronized = clock.ntp_synchronized()
+    if synchronized:
+        yield Check("clock", "ok", "synchronised by NTP")
+    elif synchronized is None:
+        yield Check("clock", "warn", "it cannot be known whether NTP sets the clock", "timedatectl tells more")
+    else:
+        yield Check(
+            "clock", "warn", "not synchronised: the last writer wins by time", "timedatectl set-ntp true, or chrony"
+        )
+
+
+def nats(config: Config) -> Iterator[Check]:
+    """The external servers answer, or the bundled one's program is there and its hub answers."""
+    if config.external:
+        yield _reachable("nats", config.nats.urls, 4222)
+        return
+    try:
+        binary = find_binary(config.nats.server_binary)
+        version = binary_version(binary)
+    except StartError as error:
+        yield Check("nats-server", "fail", str(error))
+    else:
+        text = f"{binary} has version {'.'.join(str(part) for part in version)}"
+        if version < _OLDEST_SERVER:
+            yield Check("nats-server", "fail", text, "2.9 or later is needed")
+        else:
+            yield Check("nats-server", "ok", text)
+    if config.nats.leaf_servers:
+        yield _reachable("hub", config.nats.leaf_servers, 7422)
+
+
+def _reachable(name: str, urls: tuple[str, ...], default_port: int) -> Check:
+    """Being offline is an ordinary state, so this never fails."""
+    failures: list[str] = []
+    for url in urls:
+        parts = urlsplit(url if "://" in url else f"nats://{url}")
+        try:
+            socket.create_connection((parts.hostname or "", parts.port or default_port), _CONNECT_TIMEOUT_S).close()
+        except OSError as error:
+            failures.append(f"{mask_url(url)}: {error.strerror or error}")
+        else:
+            return Check(name, "ok", f"{mask_url(url)} answers")
+    text = f"no answer from {'; '.join(failures)}"
+    return Check(name, "warn", text, "the daemon works offline and keeps trying; check address, network and firewall")
+
+
+def ports(config: Config, *, running: bool) -> Iterator[Check]:
+    """Are the ports that the daemon wants free, or its own?"""
+    wanted: list[tuple[str, str]] = []
+    if config.health_check.enable:
+        wanted.append(("health_check.bind", config.health_check.bind))
+    if config.prometheus.enable:
+        wanted.append(("prometheus.bind", config.prometheus.bind))
+    if not config.external:
+        names = ("bind_address", "cluster_addr", "leaf_listen")
+        wanted += [(f"nats.{name}", value_of(config, f"nats.{name}")) for name in names]
+    for key, text in wanted:
+        if text and split_address(text, any_port=True).port:
+            yield _port(key, text, running=running)
+
+
+def _port(key: str, text: str, *, running: bool) -> Check:
+    host, port = split_address(text)
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(
+            host or None, port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            # Listening tells what binding does not: with SO_REUSEADDR two sockets may bind until one listens.
+            probe.listen(1)
+    except socket.gaierror as error:
+        return Check("ports", "fail", f"{key}: {host} is not a host name here: {error.strerror}", f"correct {key}")
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE and running:
+            return Check("ports", "ok", f"{key}: {text} is in use, by the daemon that runs")
+        if error.errno == errno.EADDRINUSE:
+            return Check(
+                "ports", "fail", f"{key}: {text} is in use by another program", f"ss -ltnp tells which, or change {key}"
+            )
+        return Check("ports", "fail", f"{key}: {text} cannot be used: {error.strerror}", f"correct {key}")
+    return Check("ports", "ok", f"{key}: {text} is free")
+
+
+def snapshot_store(config: Config) -> Iterator[Check]:
+    snapshot = config.snapshot
+    if not snapshot.enabled:
+        yield Check("snapshots", "warn", "switched off: a node that was offline for long cannot catch up")
+        return
+    if "s3" in (snapshot.store, snapshot.mirror) and importlib.util.find_spec("boto3") is None:
+        yield Check("snapshots", "fail", "S3 needs the Python package boto3", "apt install python3-boto3")
+    if snapshot.store == "file":
+        folder = Path(snapshot.file.path)
+        if not folder.is_dir() or not _writable(folder):
+            yield Check("snapshots", "fail", f"{folder} is not a directory that this user may write", "create it")
+        else:
+            yield Check("snapshots", "ok", f"{folder} is writable")

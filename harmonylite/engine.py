@@ -1,0 +1,274 @@
+"""The replica as the event loop sees it: its two worker threads, its clock and its counters.
+
+Each SQLite connection is used by one thread only. The writer's jobs run one after the other, so nothing else than
+them ever writes; the reader reads pinned snapshots for publishing beside them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import apsw
+
+from harmonylite import clock, wire
+from harmonylite.db.outbox import OutgoingGroup
+from harmonylite.db.replica import Applied, Replica, newest_ms
+from harmonylite.db.versions import Correction
+from harmonylite.model import Delivery, Position
+from harmonylite.observe.log import Repeated
+from harmonylite.observe.metrics import Metrics
+from harmonylite.timekeeping import Timekeeper
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Reading more rows than this goes to the reader's thread, so that applying does not wait for it.
+INLINE_ROWS = 1_000
+
+# A pinned snapshot keeps the write-ahead log from being reset: it is let go after so long.
+PINNED_S = 2.0
+
+# Pauses between tries when the database is locked or its disk is full.
+RETRY_FIRST_S, RETRY_LONGEST_S = 0.05, 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A group, encoded. newest_ms: its newest version; through, torn: see OutgoingGroup."""
+
+    number: int
+    payload: bytes
+    rows: int
+    newest_ms: int
+    through: int
+    torn: bool
+
+
+class Engine:
+    """Owns a Replica and the threads that use it. All methods are for one event loop."""
+
+    def __init__(self, replica: Replica, timekeeper: Timekeeper, metrics: Metrics, *, compress: bool) -> None:
+        self.replica = replica
+        self.time = timekeeper
+        self.metrics = metrics
+        self._compress = compress
+        self._writer = ThreadPoolExecutor(1, "writer")
+        self._reader = ThreadPoolExecutor(1, "reader")
+        self._busy = Repeated(log)
+        self._snapshot: Iterator[OutgoingGroup] | None = None
+        self._pinned_at = 0.0
+        self.last_error: str | None = None
+        self.last_applied_s: float | None = None
+        self.last_published_s: float | None = None
+        self.lag_s: float | None = None
+
+    # -- life cycle
+
+    async def open(self) -> None:
+        """See Replica.open."""
+        await self._on_writer(self.replica.open)
+
+    async def close(self) -> None:
+        """Finish what runs, make acknowledgements durable, close the connections."""
+        try:
+            await self.release()
+            await self._on_writer(self.replica.flush)
+        except apsw.Error as error:
+            log.warning("last write failed; it will be done again", extra={"fields": {"error": str(error)}})
+        finally:
+            await self._on_writer(self.replica.close)
+            self._writer.shutdown()
+            self._reader.shutdown()
+
+    async def _on_writer(self, job: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._writer, job)
+
+    async def _on_reader(self, job: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._reader, job)
+
+    async def write(self, job: Callable[[], T]) -> T:
+        """Run a job of the replica's writer. A lock, a full disk, an I/O error: tried again until it works."""
+        pause = RETRY_FIRST_S
+        while True:
+            try:
+                result = await self._on_writer(job)
+            except (apsw.BusyError, apsw.LockedError) as error:
+                self.metrics.busy_retries.inc(1)
+                self._complain("the application holds the database's lock; trying again", error)
+            except (apsw.FullError, apsw.IOError, apsw.CantOpenError, apsw.ReadOnlyError, apsw.NoMemError) as error:
+                self._complain("the database cannot be written; trying again", error)
+            else:
+                self.last_error = None
+                self.metrics.apply_lock_seconds.observe(self.replica.lock_seconds)
+                return result
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, RETRY_LONGEST_S)
+
+    def _complain(self, text: str, error: apsw.Error) -> None:
+        self.last_error = f"{text}: {error}"
+        self._busy.warning(text, {"error": str(error)})
+
+    # -- publishing
+
+    async def take_outgoing(self, after: int) -> list[Packed]:
+        """Absorb what is new and read pending groups of batches after `after`, encoded; empty if nothing is pending.
+
+        A small result comes from the writer's thread in one go; a large one piece by piece from a pinned snapshot of
+        the reader, which `release` lets go.
+        """
+        if self._snapshot is None:
+            quick = await self.write(lambda: self._quick(after))
+            if quick is not None:
+                return quick
+            self._snapshot = await self._pin(after)
+            self._pinned_at = time.monotonic()
+        return await self._on_reader(self._next_piece)
+
+    def _quick(self, after: int) -> list[Packed] | None:
+        """On the writer's thread. None: there is more than INLINE_ROWS."""
+        replica = self.replica
+        taken = 0
+        while count := replica.absorb(self.time.bound_ms(), self.time.correction):
+            taken += count
+            if taken > INLINE_ROWS:
+                return None
+        if not replica.pending_at_most(after, INLINE_ROWS):
+            return None
+        groups = replica.outgoing(after, on_writer=True)
+        if groups is None:  # the application was faster
+            return None
+        return [self._pack(group) for group in groups]
+
+    async def _pin(self, after: int) -> Iterator[OutgoingGroup]:
+        for _ in range(3):
+            while await self.absorb():
+                pass
+            groups = await self._on_reader(lambda: self.replica.outgoing(after))
+            if groups is not None:
+                return groups
+        locked = await self.write(
+            lambda: self.replica.outgoing_locked(after, self.time.bound_ms(), self.time.correction)
+        )
+        return iter(locked)
+
+    def _next_piece(self) -> list[Packed]:
+        assert self._snapshot is not None
+        piece: list[Packed] = []
+        rows = 0
+        for group in self._snapshot:
+            piece.append(self._pack(group))
+            rows += len(group.group)
+            if not group.torn and time.monotonic() - self._pinned_at > PINNED_S:
+                break
+            if rows >= INLINE_ROWS:
+                return piece
+        self._let_go()
+        return piece
+
+    def _let_go(self) -> None:
+        snapshot, self._snapshot = self._snapshot, None
+        close = getattr(snapshot, "close", None)
+        if close is not None:
+            close()
+
+    def _pack(self, group: OutgoingGroup) -> Packed:
+        payload = wire.encode_group(group.group, compress=self._compress)
+        return Packed(group.group.number, payload, len(group.group), newest_ms(group.group), group.through, group.torn)
+
+    async def release(self) -> None:
+        """Let go of the pinned snapshot."""
+        await self._on_reader(self._let_go)
+
+    def published(self, packed: Packed) -> None:
+        """The stream has a group and everything before it."""
+        self.replica.mark_published(packed.through)
+        self.metrics.published.inc(packed.rows)
+        self.last_published_s = packed.newest_ms / 1000
+        if packed.torn:
+            self.metrics.oversized_transactions.inc(1)
+
+    # -- applying
+
+    async def apply(self, delivery: Delivery) -> Applied | None:
+        """Let a delivery take effect; one that only moves the position is noted for the next write."""
+        if not delivery.groups and not delivery.undecodable:
+            self.replica.note_position(delivery.position)
+            return None
+        applied = await self.write(lambda: self.replica.apply(delivery, self.time.bound_ms(), self.time.correction))
+        self._count(applied)
+        return applied
+
+    def _count(self, applied: Applied) -> None:
+        metrics = self.metrics
+        metrics.applied.inc(applied.rows)
+        metrics.conflicts.inc(applied.conflicts)
+        metrics.undecodable.inc(applied.undecodable)
+        if not applied.rows or not applied.newest_ms:
+            return
+        now = self.time.server.now_ms() or clock.wall_ms()
+        for newest in applied.newest_ms:
+            self.lag_s = max(0.0, (now - newest) / 1000)
+            metrics.replication_lag_seconds.observe(self.lag_s)
+        self.last_applied_s = max(applied.newest_ms) / 1000
+
+    # -- questions
+
+    async def position(self, stream: str) -> Position | None:
+        return await self._on_writer(lambda: self.replica.position(stream))
+
+    async def pending(self) -> int:
+        return await self._on_reader(self.replica.pending)
+
+    async def parked(self) -> int:
+        return await self._on_reader(self.replica.parked)
+
+    async def logged(self) -> int:
+        """Changes that are not absorbed yet."""
+        return await self._on_reader(self.replica.logged)
+
+    async def ping(self) -> None:
+        """Returns when both threads are free and the database answers."""
+        await self._on_writer(self.replica.ping)
+        await self._on_reader(lambda: None)
+
+    async def absorb(self) -> int:
+        """See Replica.absorb."""
+        return await self.write(lambda: self.replica.absorb(self.time.bound_ms(), self.time.correction))
+
+    async def prune(self, server_ms: int) -> int:
+        """See Replica.prune_tombstones."""
+        return await self.write(lambda: self.replica.prune_tombstones(server_ms))
+
+    async def server_time(self, server_ms: int, round_trip_ms: float) -> None:
+        """The server answered just now with its time: bound, correct, raise the floor (DESIGN 8)."""
+        moved = self.time.sample(server_ms, round_trip_ms)
+        if moved:
+            await self.write(
+                lambda: self.replica.shift_clock(
+                    from_ms=self.time.boot_started_ms, to_ms=clock.wall_ms(), delta_ms=moved
+                )
+            )
+        await self.write(lambda: self.replica.server_time(server_ms))
+
+    async def check_clock(self) -> None:
+        """Correct what was written before the wall clock was set."""
+        step = self.time.check_step()
+        if step is None:
+            return
+        wrong = self.time.correction.delta_ms
+        if wrong:
+            until = Correction(wrong, step.before_ms)
+            await self.write(lambda: self.replica.absorb(self.time.bound_ms(), until))
+        elif self.time.is_trusted():
+            started = self.time.boot_started_ms
+            await self.write(
+                lambda: self.replica.shift_clock(from_ms=started, to_ms=step.before_ms, delta_ms=step.delta_ms)
+            )
+        self.time.stepped()

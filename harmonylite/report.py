@@ -1,0 +1,127 @@
+"""Gathers what the operator sees: the facts of this node, kept fresh enough to answer at once."""
+
+from __future__ import annotations
+
+import time
+
+import apsw
+
+from harmonylite import __version__
+from harmonylite.config import Config
+from harmonylite.engine import Engine
+from harmonylite.observe.log import rfc3339
+from harmonylite.observe.status import NodeStatus, SkippedTable, StreamPosition, judge
+from harmonylite.replication import Progress
+from harmonylite.stream.client import Connection
+from harmonylite.stream.server import BundledServer
+
+# So many children in a row that died within a minute: the server cannot help itself.
+DYING = 3
+
+
+class Reporter:
+    """`current` is cheap and may be a little old; `refresh` asks the database.
+
+    database_error: why the database is not open; fault: what makes this node unhealthy besides.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        progress: Progress,
+        connection: Connection,
+        server: BundledServer | None,
+    ) -> None:
+        self._config = config
+        self._engine = engine
+        self._progress = progress
+        self._connection = connection
+        self._server = server
+        self._started = time.monotonic()
+        self._pending = 0
+        self._parked = 0
+        self._opened = False
+        self.database_error: str | None = "not opened yet"
+        self.fault: str | None = None
+
+    async def refresh(self) -> None:
+        """Count pending and parked rows, if the database answers."""
+        if self.database_error and not self._opened:
+            return
+        try:
+            self._pending = await self._engine.pending()
+            self._parked = await self._engine.parked()
+            self._opened, self.database_error = True, None
+        except apsw.Error as error:
+            self.database_error = str(error)
+
+    def current(self) -> NodeStatus:
+        """The state of this node, judged."""
+        config, engine, connection = self._config, self._engine, self._connection
+        offline = connection.offline_since
+        schema = engine.replica.known_schema
+        node = NodeStatus(
+            node_id=config.node_id,
+            version=__version__,
+            uptime_seconds=int(time.monotonic() - self._started),
+            db_path=str(config.db_path),
+            db_connected=self.database_error is None,
+            nats_connected=connection.connected,
+            offline_since=None if offline is None else rfc3339(offline),
+            nats_url=self._url(),
+            nats_error=self._nats_error(),
+            cdc_installed=config.publish and schema is not None,
+            tables_tracked=len(schema.tables) if schema else 0,
+            skipped_tables=tuple(SkippedTable(s.table, s.reason) for s in schema.skipped) if schema else (),
+            pending_rows=self._pending,
+            published_rows=engine.metrics.published.value,
+            applied_rows=engine.metrics.applied.value,
+            parked_rows=self._parked,
+            conflicts=engine.replica.conflicts_total,
+            lag_seconds=engine.lag_s,
+            clock_offset_seconds=engine.time.offset_s(),
+            positions=tuple(
+                StreamPosition(stream, sequence, self._progress.ends.get(stream))
+                for stream, sequence in sorted(self._progress.positions.items())
+            ),
+            catching_up=self._progress.catching_up,
+            last_replicated_event_timestamp=_time(engine.last_applied_s),
+            last_published_event_timestamp=_time(engine.last_published_s),
+            snapshot=None,
+        )
+        return judge(
+            node,
+            capture_wanted=config.publish,
+            server_keeps_dying=self._server is not None and self._server.state.failures >= DYING,
+            faults=[self.fault] if self.fault else [],
+            concerns=[text for text in (self._progress.hole, self._progress.error, engine.last_error) if text],
+        )
+
+    def fill_metrics(self) -> None:
+        """The gauges, as they are now."""
+        metrics = self._engine.metrics
+        metrics.pending_publish.set(self._pending)
+        metrics.parked.set(self._parked)
+        metrics.nats_connected.set(int(self._connection.connected))
+        metrics.clock_offset_seconds.set(self._engine.time.offset_s())
+        metrics.schema_mismatch_paused.set(self._engine.replica.paused_tables)
+
+    def _url(self) -> str:
+        if self._config.external:
+            return ", ".join(self._config.nats.urls)
+        if self._config.nats.leaf_servers:
+            return ", ".join(self._config.nats.leaf_servers)
+        return (self._server.url if self._server else None) or "bundled server"
+
+    def _nats_error(self) -> str | None:
+        if self._server is not None:
+            state = self._server.state
+            known = state.last_error or state.storage_error or state.link_error
+            if known:
+                return known
+        return self._connection.last_error
+
+
+def _time(seconds: float | None) -> str | None:
+    return None if seconds is None else rfc3339(seconds)

@@ -1,0 +1,391 @@
+"""The JetStream log of changes: its names, its streams, and whether it is still the same log.
+
+One stream per shard; a publisher always writes to the shard that its node id hashes to. Everything here is plain
+request and reply over a connected client: the JetStream API is JSON, and reading it as such keeps what the server
+says (its `created` and `ts`) to the nanosecond, and works with settings newer than the client library.
+API: https://docs.nats.io/reference/reference-protocols/nats_api_reference
+"""
+
+from __future__ import annotations
+
+import asyncio
+import calendar
+import json
+import logging
+import re
+import time
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import nats.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from harmonylite.model import Position
+
+log = logging.getLogger(__name__)
+
+API_TIMEOUT_S = 5.0
+
+# Error codes of the server: https://github.com/nats-io/nats-server/blob/main/server/errors.json
+STREAM_NOT_FOUND = 10059
+# The first JetStream API level (server 2.12) that knows atomic batches.
+ATOMIC_API_LEVEL = 2
+# A direct get may be answered by a replica that has not caught up: ask again before believing "no such message".
+_LAGGING_REPLICA_WAITS_S = (0.0, 0.1, 0.5)
+
+_RFC3339 = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?(Z|[+-]\d\d:\d\d)$")
+
+
+class LogError(Exception):
+    """The log cannot be used. One line for the operator: what, where, what to do."""
+
+
+class StreamUnavailable(LogError):  # noqa: N818 - a state of the log
+    """No answer now: no connection, no JetStream, or no permission (which looks the same from a client)."""
+
+
+class StreamMissing(LogError):  # noqa: N818
+    """The stream does not exist."""
+
+
+class ApiError(LogError):
+    """JetStream refused a request. `code` is like an HTTP status, `err_code` the server's own, 0 if it gave none."""
+
+    def __init__(self, request: str, code: int, err_code: int, description: str) -> None:
+        super().__init__(f"JetStream refused {request}: {description} ({code}/{err_code})")
+        self.code = code
+        self.err_code = err_code
+
+
+@dataclass(frozen=True, slots=True)
+class LogSettings:
+    """Where the log is and how its streams are made.
+
+    max_bytes: size at which a stream discards its oldest messages, -1 for no bound of its own; replicas: copies in
+    a cluster; domain: JetStream domain of the hub, None for the server connected to; compress: groups are
+    compressed by their publisher (streams never are: it costs memory and saves nothing, payloads are compressed
+    already); update_existing: change a stream whose configuration differs, rather than only say so.
+    """
+
+    node_id: int
+    subject_prefix: str = "harmonylite-change-log"
+    stream_prefix: str = "harmonylite-changes"
+    shards: int = 1
+    replicas: int = 1
+    domain: str | None = None
+    compress: bool = True
+    max_bytes: int = -1
+    update_existing: bool = False
+
+    @property
+    def api_prefix(self) -> str:
+        return f"$JS.{self.domain}.API" if self.domain else "$JS.API"
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        return tuple(self.stream(shard) for shard in range(1, self.shards + 1))
+
+    def stream(self, shard: int) -> str:
+        return f"{self.stream_prefix}-{shard}"
+
+    def subjects(self, shard: int) -> str:
+        """What the stream of a shard captures."""
+        return f"{self.subject_prefix}.{shard}.*"
+
+    @property
+    def own_shard(self) -> int:
+        return shard_of(self.node_id, self.shards)
+
+    @property
+    def own_stream(self) -> str:
+        return self.stream(self.own_shard)
+
+    @property
+    def own_subject(self) -> str:
+        """Where this node publishes: `<subject_prefix>.<shard>.<node id>`."""
+        return f"{self.subject_prefix}.{self.own_shard}.{self.node_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class StreamState:
+    """A stream as the server describes it.
+
+    created: RFC 3339, exactly as given; first_seq and last_seq are 0 in a stream that never held a message;
+    server_ms: the server's clock when it answered, milliseconds since 1970, None before server 2.10; round_trip_ms:
+    how long the answer took (so that clock is off by at most that); atomic: takes atomic batches; direct: answers
+    direct gets; max_msg_size: bytes, None for no bound of its own.
+    """
+
+    name: str
+    created: str
+    first_seq: int
+    last_seq: int
+    messages: int
+    bytes: int
+    server_ms: int | None
+    round_trip_ms: float
+    atomic: bool = False
+    direct: bool = False
+    max_msg_size: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """Whether a stream is still the log that a position was taken in; `reason` says why not."""
+
+    intact: bool
+    reason: str = ""
+
+
+INTACT = Lineage(True)
+
+
+def shard_of(node_id: int, shards: int) -> int:
+    """The shard (1 to `shards`) that a publisher writes to: the same on every node and in every version."""
+    return zlib.crc32(node_id.to_bytes(8, "big")) % shards + 1
+
+
+def parse_time_ns(text: str) -> int:
+    """RFC 3339 with up to nine decimals, as nanoseconds since 1970. ValueError if it is not that."""
+    match = _RFC3339.match(text)
+    if match is None:
+        raise ValueError(f"not an RFC 3339 time: {text!r}")
+    year, month, day, hour, minute, second = (int(part) for part in match.groups()[:6])
+    seconds = calendar.timegm((year, month, day, hour, minute, second))
+    zone = match[8]
+    if zone != "Z":
+        offset = int(zone[1:3]) * 3600 + int(zone[4:6]) * 60
+        seconds += offset if zone[0] == "-" else -offset
+    return seconds * 1_000_000_000 + int((match[7] or "").ljust(9, "0"))
+
+
+async def api_message(
+    client: Client,
+    subject: str,
+    body: bytes,
+    *,
+    headers: dict[str, str] | None = None,
+    timeout_s: float = API_TIMEOUT_S,
+) -> Msg:
+    """Send one request. Raises StreamUnavailable when nobody answers in time, or at once while not connected."""
+    if not client.is_connected:  # the client would buffer the request and send it some time later
+        raise StreamUnavailable(f"not connected to NATS, {subject} was not sent")
+    try:
+        return await client.request(subject, body, timeout=timeout_s, headers=headers)
+    except nats.errors.NoRespondersError:
+        raise StreamUnavailable(
+            f"nobody answers {subject}: JetStream is off, still starting, or its hub is not reachable"
+        ) from None
+    except (nats.errors.TimeoutError, asyncio.TimeoutError):
+        raise StreamUnavailable(
+            f"no answer to {subject} in {timeout_s:g} s: the hub is not reachable, or this user may not ask"
+        ) from None
+    except nats.errors.Error as error:
+        raise StreamUnavailable(f"{subject} could not be sent: {error}") from None
+
+
+async def api_request(
+    client: Client,
+    settings: LogSettings,
+    request: str,
+    body: Mapping[str, object] | None = None,
+    *,
+    timeout_s: float = API_TIMEOUT_S,
+) -> dict[str, Any]:
+    """Ask the JetStream API (`request`: such as `STREAM.INFO.name`). Raises StreamUnavailable or ApiError."""
+    data = b"" if body is None else json.dumps(body).encode()
+    message = await api_message(client, f"{settings.api_prefix}.{request}", data, timeout_s=timeout_s)
+    answer: dict[str, Any] = json.loads(message.data)
+    raise_error(request, answer)
+    return answer
+
+
+def raise_error(request: str, answer: Mapping[str, Any]) -> None:
+    """Raise the ApiError that an answer of JetStream carries, if it does."""
+    error = answer.get("error")
+    if error is not None:
+        code = int(error.get("code", 0))
+        raise ApiError(request, code, int(error.get("err_code", 0)), str(error.get("description", "no reason")))
+
+
+async def ensure_streams(client: Client, settings: LogSettings) -> tuple[StreamState, ...]:
+    """Make every stream of the log that is missing, adopt those that exist; their states, by shard.
+
+    Works without the permission to create, as long as somebody made the streams. Raises StreamUnavailable,
+    StreamMissing (not there, and this node cannot make it) or ApiError (the server cannot make it like that).
+    """
+    return tuple([await _ensure_stream(client, settings, shard) for shard in range(1, settings.shards + 1)])
+
+
+async def _ensure_stream(client: Client, settings: LogSettings, shard: int) -> StreamState:
+    name = settings.stream(shard)
+    wanted = _stream_config(settings, shard)
+    try:
+        info, round_trip_ms = await _stream_info(client, settings, name)
+    except StreamMissing:
+        return await _create(client, settings, name, wanted)
+    differences = _differences(info["config"], wanted)
+    if differences and settings.update_existing:
+        try:
+            changed = await api_request(client, settings, f"STREAM.UPDATE.{name}", {**info["config"], **wanted})
+            log.info("stream updated", extra={"fields": {"stream": name, "changed": sorted(differences)}})
+            return _state(name, changed, round_trip_ms)
+        except (ApiError, StreamUnavailable) as error:
+            fields: dict[str, object] = {"stream": name, "error": str(error)}
+            log.warning("stream could not be updated, used as it is", extra={"fields": fields})
+    elif differences:
+        fields = {"stream": name, "differences": differences}
+        log.warning("stream differs from the configuration, used as it is", extra={"fields": fields})
+    return _state(name, info, round_trip_ms)
+
+
+async def _create(client: Client, settings: LogSettings, name: str, wanted: Mapping[str, object]) -> StreamState:
+    try:
+        await api_request(client, settings, f"STREAM.CREATE.{name}", wanted)
+        log.info("stream created", extra={"fields": {"stream": name, "replicas": settings.replicas}})
+    except (ApiError, StreamUnavailable) as error:
+        try:  # somebody else may have made it since; a refused permission is no answer at all
+            state = await stream_state(client, settings, name)
+        except StreamMissing:
+            if isinstance(error, ApiError):
+                raise error from None
+            raise StreamMissing(
+                f"stream {name} does not exist and this node could not create it ({error}); "
+                f"let an administrator create it for {wanted['subjects']}"
+            ) from None
+        log.info("stream was created by another node", extra={"fields": {"stream": name}})
+        return state
+    return await stream_state(client, settings, name)
+
+
+def _stream_config(settings: LogSettings, shard: int) -> dict[str, object]:
+    """What JetStream is asked for; an older server ignores what it does not know.
+
+    No limit by count or age: a message that another node still needs must not go before space does.
+    """
+    return {
+        "name": settings.stream(shard),
+        "subjects": [settings.subjects(shard)],
+        "retention": "limits",
+        "storage": "file",
+        "discard": "old",
+        "max_bytes": settings.max_bytes,
+        "num_replicas": settings.replicas,
+        "allow_direct": True,
+        "allow_atomic": True,
+    }
+
+
+def _differences(config: Mapping[str, Any], wanted: Mapping[str, object]) -> dict[str, object]:
+    """The settings in `config` that are not as wanted, except what its server does not know."""
+    level = int((config.get("metadata") or {}).get("_nats.level", 0))
+    unknown = {"allow_atomic"} if level < ATOMIC_API_LEVEL else set()
+    return {key: config.get(key) for key in wanted if key not in unknown and config.get(key) != wanted[key]}
+
+
+async def stream_state(client: Client, settings: LogSettings, stream: str) -> StreamState:
+    """Ask for a stream's state. Raises StreamUnavailable, StreamMissing or ApiError."""
+    info, round_trip_ms = await _stream_info(client, settings, stream)
+    return _state(stream, info, round_trip_ms)
+
+
+async def _stream_info(client: Client, settings: LogSettings, stream: str) -> tuple[dict[str, Any], float]:
+    started = time.monotonic()
+    try:
+        info = await api_request(client, settings, f"STREAM.INFO.{stream}")
+    except ApiError as error:
+        if error.err_code == STREAM_NOT_FOUND:
+            raise StreamMissing(f"stream {stream} does not exist") from None
+        raise
+    return info, (time.monotonic() - started) * 1000
+
+
+def _state(name: str, info: Mapping[str, Any], round_trip_ms: float) -> StreamState:
+    state, config = info["state"], info["config"]
+    server_time = info.get("ts")
+    max_msg_size = int(config.get("max_msg_size", -1))
+    return StreamState(
+        name=name,
+        created=info["created"],
+        first_seq=state["first_seq"],
+        last_seq=state["last_seq"],
+        messages=state["messages"],
+        bytes=state["bytes"],
+        server_ms=None if server_time is None else parse_time_ns(server_time) // 1_000_000,
+        round_trip_ms=round_trip_ms,
+        atomic=bool(config.get("allow_atomic", False)),
+        direct=bool(config.get("allow_direct", False)),
+        max_msg_size=max_msg_size if max_msg_size > 0 else None,
+    )
+
+
+async def stored_time_ns(client: Client, settings: LogSettings, state: StreamState, sequence: int) -> int | None:
+    """When the server stored a message, nanoseconds since 1970; None if it holds none at `sequence`.
+
+    Raises StreamUnavailable or ApiError.
+    """
+    body: dict[str, object] = {"seq": sequence}
+    if not state.direct:
+        # The answer holds the message in base64: one near the maximum size does not pass a leaf connection.
+        try:
+            answer = await api_request(client, settings, f"STREAM.MSG.GET.{state.name}", body)
+        except ApiError as error:
+            if error.code == 404:
+                return None
+            raise
+        return parse_time_ns(answer["message"]["time"])
+    subject = f"{settings.api_prefix}.DIRECT.GET.{state.name}"
+    message = await api_message(client, subject, json.dumps(body).encode())
+    headers = message.headers or {}
+    if "Nats-Time-Stamp" in headers:
+        return parse_time_ns(headers["Nats-Time-Stamp"])
+    if headers.get("Status") == "404":
+        return None
+    raise ApiError(f"DIRECT.GET.{state.name}", int(headers.get("Status", 0)), 0, "no time in the answer")
+
+
+def compare_lineage(state: StreamState, position: Position, found_ns: int | None) -> Lineage:
+    """The gap test: may reading go on after `position`?
+
+    `found_ns`: the time of the message now at the position's sequence, None if there is none; it only counts where
+    the stream should hold that message and the position knows its time. A log that lost its tail keeps `created` and
+    gives the same sequence numbers out again, which only this time tells.
+    """
+    if position.created and not _same_instant(position.created, state.created):
+        return Lineage(False, f"the stream was created anew at {state.created}")
+    if state.first_seq > position.sequence + 1:
+        return Lineage(False, f"messages {position.sequence + 1} to {state.first_seq - 1} were discarded")
+    if state.last_seq < position.sequence:
+        return Lineage(False, f"the stream ends at {state.last_seq}, before {position.sequence}")
+    if not _time_decides(state, position):
+        return INTACT
+    if found_ns is None:
+        return Lineage(False, f"message {position.sequence} is missing")
+    if found_ns != position.stored_ns:
+        return Lineage(False, f"message {position.sequence} is another one than before")
+    return INTACT
+
+
+def _time_decides(state: StreamState, position: Position) -> bool:
+    return position.stored_ns != 0 and 0 < state.first_seq <= position.sequence <= state.last_seq
+
+
+def _same_instant(one: str, other: str) -> bool:
+    return one == other or parse_time_ns(one) == parse_time_ns(other)
+
+
+async def same_log(client: Client, settings: LogSettings, state: StreamState, position: Position) -> Lineage:
+    """Compare a position with the stream as it is now, after every connect. Raises StreamUnavailable or ApiError."""
+    lineage = compare_lineage(state, position, position.stored_ns)
+    if not lineage.intact or not _time_decides(state, position):
+        return lineage
+    for wait_s in _LAGGING_REPLICA_WAITS_S:
+        await asyncio.sleep(wait_s)
+        found_ns = await stored_time_ns(client, settings, state, position.sequence)
+        if found_ns is not None:
+            return compare_lineage(state, position, found_ns)
+    state = await stream_state(client, settings, state.name)  # discarded since `state` was asked for?
+    return compare_lineage(state, position, None)

@@ -1,0 +1,259 @@
+"""The nodes that the cluster knows: a key-value bucket beside the log, one key per node.
+
+A bucket is a stream `KV_<bucket>` whose subjects are `$KV.<bucket>.<key>` (ADR-8). It is used through plain requests:
+the client library's own writes do not pass a JetStream domain, where the subject is `$JS.<domain>.API.$KV...`.
+https://github.com/nats-io/nats-architecture-and-design/blob/main/adr/ADR-8.md
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nats.aio.client import Client
+
+from harmonylite.stream.log import (
+    ApiError,
+    LogError,
+    LogSettings,
+    StreamMissing,
+    StreamUnavailable,
+    api_message,
+    api_request,
+    parse_time_ns,
+    raise_error,
+    stream_state,
+)
+
+log = logging.getLogger(__name__)
+
+# A node that announced itself this recently is alive.
+LIVE_MS = 30_000
+# "The last message of this subject is another one": somebody else wrote the key (two codes, by server version).
+WRONG_LAST_SEQUENCE = (10071, 10164)
+# A bucket is small; the bound keeps one node from filling the hub.
+MAX_VALUE_BYTES = 64 * 1024
+# Requests under way at once when all nodes are listed.
+_PARALLEL = 32
+
+
+class DuplicateNode(LogError):  # noqa: N818 - what was found
+    """Another live instance announces itself under this node id."""
+
+    def __init__(self, node_id: int, hostname: str, instance_id: str) -> None:
+        super().__init__(
+            f"node id {node_id} is in use by another running instance, {instance_id} on {hostname}: "
+            "give this device its own node_id (a cloned card keeps the old one)"
+        )
+        self.node_id = node_id
+        self.hostname = hostname
+        self.instance_id = instance_id
+
+
+@dataclass(frozen=True, slots=True)
+class NodeEntry:
+    """What a node says of itself.
+
+    instance_id: of the database; it differs between two devices with one node id, unless one was copied from the
+    other; schema: fingerprint; position: last sequence applied, by stream; seen_ms: the node's own clock when it
+    said so; stored_ms: the server's, 0 before it is stored; alive: it announced itself within LIVE_MS, by the
+    server's clock (by ours before server 2.10).
+    """
+
+    node_id: int
+    instance_id: str
+    version: str = ""
+    hostname: str = ""
+    schema: str = ""
+    pending_rows: int = 0
+    position: Mapping[str, int] = field(default_factory=dict)
+    seen_ms: int = 0
+    stored_ms: int = 0
+    alive: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """The last message of a key. entry: None if it was deleted or cannot be read; run: the process that wrote it."""
+
+    entry: NodeEntry | None
+    run: str
+    revision: int
+
+
+# One process is one run, over all its connections.
+_PROCESS_RUN = uuid.uuid4().hex
+
+
+class Registry:
+    """Announces this node and lists all. A bucket per log: `<stream_prefix>-nodes`."""
+
+    def __init__(self, client: Client, settings: LogSettings, *, run: str = _PROCESS_RUN) -> None:
+        self._client = client
+        self._settings = settings
+        self._bucket = f"{settings.stream_prefix}-nodes"
+        self._stream = f"KV_{self._bucket}"
+        self._run = run
+        self._held = False  # this process has announced itself
+        self._revision: int | None = None  # of its last announcement, if that still is the key's last message
+
+    async def ensure_bucket(self) -> None:
+        """Make the bucket if it is missing. Raises StreamUnavailable, ApiError, StreamMissing (this node may not)."""
+        if await self._exists():
+            return
+        config = {
+            "name": self._stream,
+            "subjects": [f"$KV.{self._bucket}.>"],
+            "retention": "limits",
+            "storage": "file",
+            "discard": "new",
+            "max_msgs_per_subject": 1,
+            "max_msg_size": MAX_VALUE_BYTES,
+            "num_replicas": self._settings.replicas,
+            "allow_direct": True,
+            "allow_rollup_hdrs": True,
+            "deny_delete": True,
+        }
+        try:
+            await api_request(self._client, self._settings, f"STREAM.CREATE.{self._stream}", config)
+            log.info("registry created", extra={"fields": {"bucket": self._bucket}})
+        except (ApiError, StreamUnavailable) as error:
+            if await self._exists():  # another node made it since
+                return
+            if isinstance(error, ApiError):
+                raise error from None
+            raise StreamMissing(
+                f"bucket {self._bucket} does not exist and this node could not create it ({error}); "
+                "let an administrator create it"
+            ) from None
+
+    async def announce(self, entry: NodeEntry) -> None:
+        """Write this node's entry; call it more often than every LIVE_MS.
+
+        The first announcement of a process takes the key over from an instance that is not alive, and from the same
+        instance (a restart). After that nobody else may write it: so two copies of one device, with everything
+        equal, notice each other. Raises DuplicateNode, StreamUnavailable, StreamMissing or ApiError.
+        """
+        if self._revision is None:
+            self._revision = await self._last_revision(entry)
+        try:
+            self._revision = await self._put(entry, self._revision)
+        except ApiError as error:
+            if error.err_code not in WRONG_LAST_SEQUENCE:
+                raise
+            # Another instance, or an announcement of ours that was stored although it timed out.
+            self._revision = None
+            self._revision = await self._put(entry, await self._last_revision(entry))
+        self._held = True
+
+    async def nodes(self) -> list[NodeEntry]:
+        """Every node that ever announced itself, by id. Raises StreamUnavailable, StreamMissing or ApiError."""
+        prefix = f"$KV.{self._bucket}."
+        now_ms = await self._now_ms()
+        body = {"subjects_filter": f"{prefix}node.*"}
+        info = await api_request(self._client, self._settings, f"STREAM.INFO.{self._stream}", body)
+        slots = asyncio.Semaphore(_PARALLEL)
+
+        async def get(subject: str) -> _Stored | None:
+            async with slots:
+                return await self._get(subject.removeprefix(prefix), now_ms)
+
+        found = await asyncio.gather(*map(get, info["state"].get("subjects") or ()))
+        entries = [stored.entry for stored in found if stored is not None and stored.entry is not None]
+        return sorted(entries, key=lambda entry: entry.node_id)
+
+    async def _last_revision(self, entry: NodeEntry) -> int:
+        """The revision to write over, 0 for none. Raises DuplicateNode if it is another live instance's."""
+        stored = await self._get(_key(entry.node_id), await self._now_ms())
+        if stored is None:
+            return 0
+        other = stored.entry
+        if other is None or not other.alive or stored.run == self._run:
+            return stored.revision
+        if self._held or other.instance_id != entry.instance_id:
+            raise DuplicateNode(entry.node_id, other.hostname, other.instance_id)
+        return stored.revision
+
+    async def _exists(self) -> bool:
+        try:
+            await stream_state(self._client, self._settings, self._stream)
+        except StreamMissing:
+            return False
+        return True
+
+    async def _now_ms(self) -> int:
+        """The server's clock; ours if the server does not say (before 2.10)."""
+        state = await stream_state(self._client, self._settings, self._stream)
+        return state.server_ms if state.server_ms is not None else int(time.time() * 1000)
+
+    async def _get(self, key: str, now_ms: int) -> _Stored | None:
+        body = {"last_by_subj": f"$KV.{self._bucket}.{key}"}
+        try:
+            answer = await api_request(self._client, self._settings, f"STREAM.MSG.GET.{self._stream}", body)
+        except ApiError as error:
+            if error.code == 404:
+                return None
+            raise
+        message = answer["message"]
+        data = base64.b64decode(message.get("data") or "")
+        revision = int(message["seq"])
+        if not data:  # deleted by an operator
+            return _Stored(None, "", revision)
+        stored_ms = parse_time_ns(message["time"]) // 1_000_000
+        try:
+            fields: dict[str, Any] = json.loads(data)
+            return _Stored(_entry(fields, stored_ms, now_ms), str(fields["run"]), revision)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            log.warning("entry cannot be read, left out", extra={"fields": {"key": key, "error": repr(error)}})
+            return _Stored(None, "", revision)
+
+    async def _put(self, entry: NodeEntry, revision: int) -> int:
+        """Write if the key's last message is `revision`; the new one. Raises StreamUnavailable or ApiError."""
+        subject = f"$KV.{self._bucket}.{_key(entry.node_id)}"
+        if self._settings.domain:
+            subject = f"{self._settings.api_prefix}.{subject}"
+        data = json.dumps(
+            {
+                "node_id": entry.node_id,
+                "instance_id": entry.instance_id,
+                "run": self._run,
+                "version": entry.version,
+                "hostname": entry.hostname,
+                "schema": entry.schema,
+                "pending_rows": entry.pending_rows,
+                "position": dict(entry.position),
+                "seen_ms": entry.seen_ms,
+            }
+        ).encode()
+        headers = {"Nats-Expected-Last-Subject-Sequence": str(revision)}
+        message = await api_message(self._client, subject, data, headers=headers)
+        ack = json.loads(message.data)
+        raise_error(f"the entry of node {entry.node_id}", ack)
+        return int(ack["seq"])
+
+
+def _key(node_id: int) -> str:
+    return f"node.{node_id}"
+
+
+def _entry(fields: Mapping[str, Any], stored_ms: int, now_ms: int) -> NodeEntry:
+    """Raises ValueError, KeyError, TypeError or AttributeError if that is not an entry."""
+    return NodeEntry(
+        node_id=int(fields["node_id"]),
+        instance_id=str(fields["instance_id"]),
+        version=str(fields.get("version", "")),
+        hostname=str(fields.get("hostname", "")),
+        schema=str(fields.get("schema", "")),
+        pending_rows=int(fields.get("pending_rows", 0)),
+        position={str(stream): int(sequence) for stream, sequence in fields.get("position", {}).items()},
+        seen_ms=int(fields.get("seen_ms", 0)),
+        stored_ms=stored_ms,
+        alive=now_ms - stored_ms < LIVE_MS,
+    )

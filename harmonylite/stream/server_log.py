@@ -1,0 +1,187 @@
+"""What the bundled nats-server says: its log lines with their level, and what they mean for an operator."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from pathlib import Path
+
+from harmonylite.stream.server_settings import ServerSettings
+
+log = logging.getLogger(__name__)
+
+# "[4711] [ERR] text"; a time stands between the two only if an operator's file asks for it.
+_LINE = re.compile(r"\[\d+\] (?:\d{4}/\d\d/\d\d [\d:.]+ )?\[(INF|WRN|ERR|FTL|DBG|TRC)\] ?(.*)")
+_LEVELS = {
+    "TRC": logging.DEBUG,
+    "DBG": logging.DEBUG,
+    "INF": logging.DEBUG,
+    "WRN": logging.WARNING,
+    "ERR": logging.ERROR,
+    "FTL": logging.CRITICAL,
+}
+# Follows from the configuration we write (0600, loopback): nothing to act on.
+_EXPECTED = re.compile(r"Plaintext passwords detected")
+# A hub or a peer that is away: the normal state of a device, not an error of its server.
+_UNREACHABLE = re.compile(r"Error trying to connect (?:as leafnode|to route|to remote)")
+_LINK = re.compile(r"leafnode|\blid:\d|\brid:\d|to route|route error", re.IGNORECASE)
+_REFUSED_BY_US = re.compile(r"authentication error")
+_LINK_UP = re.compile(r"JetStream using domains|JetStream Not Extended|Route connection created")
+_DISK_FULL = re.compile(r"no space left on device|disk quota exceeded", re.IGNORECASE)
+_DAMAGED = re.compile(
+    r"metafile|checksums? d|corrupt|Error (?:recovering|recreating|restoring)|Critical write error"
+    r"|read-only file system|input/output error",
+    re.IGNORECASE,
+)
+_LISTEN = re.compile(r"Error listening on (leafnode |router )?port: (?:\S*:)?(\d+)")
+_LISTEN_SETTING = {"leafnode ": "leaf_listen", "router ": "cluster_addr", None: "bind_address"}
+_CRASH = re.compile(r"panic:|fatal error:|SIG[A-Z]+:")
+
+_LONGEST_LINE = 4096
+_REPEAT_AFTER_S = 60.0
+_MOST_REMEMBERED = 200
+
+
+class ServerLog:
+    """Forwards one server's output to our log, and remembers what its end and its state can be explained with.
+
+    error: the last error in the server's words; fatal: the one it ended with; disk_full: a write failed for want of
+    space (such a stream stays dead until the server restarts); storage_error: what is wrong with the store;
+    link_error: why the hub or a peer cannot be reached, None once it can.
+    """
+
+    def __init__(self, *, dials: bool = True) -> None:
+        """dials: does this server connect to others? On one that only listens, such errors are a visitor's."""
+        self._dials = dials
+        self.error: str | None = None
+        self.fatal: str | None = None
+        self.disk_full = False
+        self.storage_error: str | None = None
+        self.link_error: str | None = None
+        self._rest = b""
+        self._crashed = False
+        self._reported: dict[str, float] = {}
+
+    def feed(self, data: bytes) -> bool:
+        """Take a piece of output; True if storage_error or link_error changed."""
+        before = (self.storage_error, self.link_error)
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        self._rest = self._rest[:_LONGEST_LINE]
+        for line in lines:
+            self._line(line[:_LONGEST_LINE].decode("utf-8", "replace").rstrip())
+        return before != (self.storage_error, self.link_error)
+
+    def end(self) -> None:
+        """The output has ended: a last line may lack its line break."""
+        self.feed(b"\n")
+
+    def _line(self, line: str) -> None:
+        level, text = self._parse(line)
+        if not text:
+            return
+        if _LINK_UP.search(text):
+            self.link_error = None
+        elif level >= logging.WARNING:
+            self._remember(level, text)
+        if level >= logging.WARNING and (_EXPECTED.search(text) or self._is_repeated(text)):
+            level = logging.DEBUG
+        elif _UNREACHABLE.search(text):
+            level = logging.WARNING
+        log.log(min(level, logging.ERROR), "nats-server reports", extra={"fields": {"text": text}})
+
+    def _parse(self, line: str) -> tuple[int, str]:
+        if match := _LINE.fullmatch(line):
+            return _LEVELS[match[1]], match[2].strip()
+        if line.startswith("nats-server: "):  # before its log works: mistakes in the configuration
+            return logging.CRITICAL, line.removeprefix("nats-server: ")
+        if self._crashed:
+            return logging.DEBUG, line  # the stacks of all goroutines
+        self._crashed = bool(_CRASH.match(line))
+        return (logging.CRITICAL if self._crashed else logging.WARNING), line
+
+    def _remember(self, level: int, text: str) -> None:
+        if level >= logging.CRITICAL:
+            self.fatal = text
+        elif level >= logging.ERROR:
+            self.error = text
+        if _DISK_FULL.search(text):
+            self.disk_full = True
+            self.storage_error = f"the disk is full: {text}"
+        elif _DAMAGED.search(text) and not self.disk_full:
+            self.storage_error = text
+        if self._dials and level == logging.ERROR and _LINK.search(text) and not _REFUSED_BY_US.search(text):
+            self.link_error = _explain_link(text)
+
+    def _is_repeated(self, text: str) -> bool:
+        """Was the same, but for numbers in it, logged within the last minute?"""
+        kind, now = re.sub(r"\d+", "#", text), time.monotonic()
+        if now - self._reported.get(kind, -_REPEAT_AFTER_S) < _REPEAT_AFTER_S:
+            return True
+        if len(self._reported) >= _MOST_REMEMBERED:
+            self._reported.clear()
+        self._reported[kind] = now
+        return False
+
+
+def _explain_link(text: str) -> str:
+    if "Authorization Violation" in text:
+        return f"the other server refuses the login ([nats] user_name, user_password or seed_file): {text}"
+    if "x509" in text or "tls" in text.lower():
+        return f"TLS fails ([nats] ca_file, cert_file, key_file): {text}"
+    return text
+
+
+def explain_end(code: int, said: ServerLog, settings: ServerSettings) -> str:
+    """Why a server ended with `code` (negative: by that signal), in one line for an operator. Reads /proc."""
+    text = said.fatal or (said.error if code > 0 else None)
+    if text is None:
+        return f"nats-server was killed by signal {-code}" if code < 0 else f"nats-server ended with code {code}"
+    if match := _LISTEN.search(text):
+        return _explain_listen(text, f"[nats] {_LISTEN_SETTING[match[1]]}", int(match[2]))
+    if _DISK_FULL.search(text):
+        return f"the disk of {settings.store_dir} is full: {text}"
+    if "Can't start JetStream" in text or "store directory" in text.lower():
+        return f"the store {settings.store_dir} ([nats] store_dir) cannot be used: {text}"
+    if settings.server_config and re.search(r"unknown field|Parse error|parsing include|\.conf:\d+", text):
+        return f"nats-server refuses its configuration, of which [nats] server_config is a part: {text}"
+    return f"nats-server: {text}"
+
+
+def _explain_listen(text: str, setting: str, port: int) -> str:
+    if "address already in use" in text:
+        owner = port_owner(port)
+        return f"port {port} ({setting}) is in use by {owner or 'another process'}: end that, or choose another port"
+    if "cannot assign requested address" in text:
+        return f"{setting} names an address that this machine does not have: {text}"
+    if "permission denied" in text:
+        return f"port {port} ({setting}) needs more rights: choose one above 1023"
+    return f"{setting}: {text}"
+
+
+def port_owner(port: int) -> str | None:
+    """The process that listens on TCP `port`, as "process 4711 (name)"; None if it cannot be seen (another user's)."""
+    sockets = {f"socket:[{inode}]" for inode in _listening_inodes(port)}
+    owner = next((p for p in Path("/proc").glob("[0-9]*") if sockets and _has_open(p, sockets)), None)
+    return f"process {owner.name} ({(owner / 'comm').read_text().strip()})" if owner else None
+
+
+def _has_open(process: Path, sockets: set[str]) -> bool:
+    try:
+        return any(str(handle.readlink()) in sockets for handle in (process / "fd").iterdir())
+    except OSError:  # gone, or not ours to see
+        return False
+
+
+def _listening_inodes(port: int) -> set[str]:
+    """Inodes of listening sockets. Columns and state 0A (listen): proc(5), /proc/net/tcp."""
+    inodes = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            lines = Path(table).read_text().splitlines()[1:]
+        except OSError:
+            continue
+        for columns in map(str.split, lines):
+            if columns[3] == "0A" and int(columns[1].rpartition(":")[2], 16) == port:
+                inodes.add(columns[9])
+    return inodes

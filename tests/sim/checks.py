@@ -1,0 +1,209 @@
+"""What must hold when everybody has received everything, each property as a check of its own.
+
+`tests/sim/reference.py` says how rows are compared; here stands what the outcome is compared with.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import apsw
+
+from harmonylite import wire
+from harmonylite.model import UNVERSIONED, Group, Version
+from tests.sim.history import SetClock
+from tests.sim.reference import (
+    Observed,
+    Place,
+    RowWrite,
+    Violation,
+    honest_outcome,
+    last_writer_wins,
+    rows_of,
+)
+from tests.sim.tables import TABLES, RowState
+
+if TYPE_CHECKING:
+    from tests.sim.node import Node
+    from tests.sim.world import World
+
+# Timestamps of one row grow by one per write in the same instant; histories are far shorter than this.
+_INCREMENTS_MS = 1_000
+
+
+def check_all(world: World) -> None:
+    """Every property of the end state. Raises Violation."""
+    states = [node.observe() for node in world.nodes]
+    for node, state in zip(world.nodes, states, strict=True):
+        _intact(node, state)
+    _identical(world, states)
+    final = states[0]
+    writes: dict[Place, list[RowWrite]] = defaultdict(list)
+    for write in world.writes:
+        writes[write.place].append(write)
+    _equals_log(world, final)
+    _content_was_written(final, writes)
+    _later_beats_earlier(world, final, writes)
+    _honest_clocks_predict(world, final)
+    _causality(final, writes)
+    _own_rows_present(final, writes)
+    _transactions_whole(world)
+    conflicts = set(_recorded_conflicts(world))
+    _clashes_explained(final, conflicts)
+    _losers_recorded(world, final, writes, {row for _, _, row in conflicts})
+
+
+def _intact(node: Node, state: Observed) -> None:
+    """The file is sound, the application's own index is right, nothing waits."""
+    connection = node.application.connection
+    if (answer := connection.execute("PRAGMA integrity_check").fetchall()) != [("ok",)]:
+        raise Violation(f"node {node.id}: integrity_check says {answer}")
+    if state.log_rows:
+        raise Violation(f"node {node.id}: change logs still hold {state.log_rows} rows")
+    for name in node.world.history.tables:
+        if index := TABLES[name].full_text_index:
+            try:
+                connection.execute(f"INSERT INTO {index} ({index}, rank) VALUES ('integrity-check', 1)")
+            except apsw.CorruptError as error:
+                raise Violation(f"I8: node {node.id}: {index} does not match {name}: {error}") from error
+    for table in ("parked", "undecodable"):
+        if waiting := connection.execute(f"SELECT * FROM __harmonylite__{table}").fetchall():
+            raise Violation(f"node {node.id}: {table}: {waiting}")
+
+
+def _identical(world: World, states: list[Observed]) -> None:
+    """I4: rows and versions are the same on all nodes."""
+    first = states[0]
+    for node, state in zip(world.nodes[1:], states[1:], strict=True):
+        for what, mine, theirs in (
+            ("row", first.rows, state.rows),
+            ("version", first.versions, state.versions),
+        ):
+            for place in sorted({*mine, *theirs}, key=repr):
+                if mine.get(place) != theirs.get(place):
+                    raise Violation(
+                        f"I4: {what} of {place}: {mine.get(place)} on node {world.nodes[0].id},"
+                        f" {theirs.get(place)} on node {node.id}"
+                    )
+
+
+def _equals_log(world: World, final: Observed) -> None:
+    """I4, I5: every row is what the plain reference makes of the server's log, clash tombstones included."""
+    expected = last_writer_wins(world.log(), world.tolerance_ms)
+    for place in sorted({*expected, *final.versions}, key=repr):
+        version, row = expected.get(place, (UNVERSIONED, None))
+        seen = final.versions.get(place, (UNVERSIONED, False))[0]
+        if seen != version:
+            raise Violation(f"I5: {place} has version {seen}, the log's highest is {version}")
+        if version != UNVERSIONED and final.rows.get(place) != row:
+            raise Violation(f"I5: {place} is {final.rows.get(place)}, the log's {version} is {row}")
+
+
+def _content_was_written(final: Observed, writes: dict[Place, list[RowWrite]]) -> None:
+    """A row's content is one that an application wrote as a whole; a missing row was deleted or lost a clash."""
+    for place, of_place in writes.items():
+        row = final.rows.get(place)
+        buried = final.versions.get(place, (UNVERSIONED, False))[0].rank == 1
+        if not buried and row not in {write.after for write in of_place}:
+            raise Violation(f"{place} is {row}, which nobody wrote")
+    for place in final.rows.keys() - writes.keys():
+        raise Violation(f"{place} is {final.rows[place]}, which nobody wrote")
+
+
+def _winner(place: Place, final: Observed, of_place: list[RowWrite]) -> RowWrite | None:
+    """The write whose content the row has; None if it is absent (which of several deletes won does not show)."""
+    row = final.rows.get(place)
+    return None if row is None else next(write for write in reversed(of_place) if write.after == row)
+
+
+def _later_beats_earlier(world: World, final: Observed, writes: dict[Place, list[RowWrite]]) -> None:
+    """I5: no row comes from a write that is older than another by more than the clocks differed."""
+    offsets = [0, *(node.offset_ms for node in world.nodes), *world.history.offsets]
+    offsets += [step.offset_ms for step in world.history.steps if isinstance(step, SetClock)]
+    skew = max(offsets) - min(offsets)
+    for place, of_place in writes.items():
+        winner = _winner(place, final, of_place)
+        newest = max(write.true_ms for write in of_place)
+        if winner is not None and not TABLES[place[0]].unique and winner.true_ms < newest - skew - _INCREMENTS_MS:
+            raise Violation(
+                f"I5: {place} is {winner.after}, written {newest - winner.true_ms} ms before the last write;"
+                f" clocks differed by {skew} ms"
+            )
+
+
+def _honest_clocks_predict(world: World, final: Observed) -> None:
+    """With right clocks the application's writes alone tell the outcome, with no look at any version."""
+    clocks_stepped = any(isinstance(step, SetClock) for step in world.history.steps)
+    if any(world.history.offsets) or clocks_stepped:
+        return
+    for place, row in honest_outcome(world.writes).items():
+        if TABLES[place[0]].exact and final.rows.get(place) != row:
+            raise Violation(f"I5: {place} is {final.rows.get(place)}, the latest write was {row}")
+
+
+def _causality(final: Observed, writes: dict[Place, list[RowWrite]]) -> None:
+    """I6: no row is one that a later write had already seen and replaced."""
+    for place, of_place in writes.items():
+        winner = _winner(place, final, of_place)
+        if winner is None:
+            continue
+        for write in of_place:
+            if write.before == winner.after and write.after != winner.after:
+                raise Violation(f"I6: {place} is {winner.after}, but node {write.node} replaced it: {write}")
+
+
+def _own_rows_present(final: Observed, writes: dict[Place, list[RowWrite]]) -> None:
+    """I3: a row that only one node ever touched is as that node left it, everywhere."""
+    for place, of_place in writes.items():
+        nodes = {write.node for write in of_place} - {0}
+        if len(nodes) == 1 and not TABLES[place[0]].unique and final.rows.get(place) != of_place[-1].after:
+            raise Violation(f"I3: {place} is {final.rows.get(place)}, its only writer left {of_place[-1].after}")
+
+
+def _transactions_whole(world: World) -> None:
+    """I7: the first group that holds a row of a transaction holds all of its rows that are ever published."""
+    for node in world.nodes:
+        groups = [_contents(group) for group in node.collected]
+        for transaction in node.transactions:
+            rows = {(write.place, write.after) for write in transaction if write.after is not None}
+            parts = [found for content in groups if (found := rows & content)]
+            if parts and (later := set().union(*parts) - parts[0]):
+                raise Violation(f"I7: node {node.id} published {parts[0]} before {later} of the same transaction")
+
+
+def _contents(group: Group) -> set[tuple[Place, RowState | None]]:
+    return {(place, row) for changes in group.tables for place, _, row in rows_of(changes)}
+
+
+def _recorded_conflicts(world: World) -> Iterator[tuple[str, Version, tuple[int, ...]]]:
+    """Table, version and serial of every row in a conflict log."""
+    for node in world.nodes:
+        for table, ts, origin, rank, row in node.application.connection.execute(
+            "SELECT tbl, ts, node, rank, row FROM __harmonylite__conflict"
+        ):
+            content = wire.unpack(row) if row is not None else {}
+            serial = content.get("serial") if isinstance(content, dict) else None
+            yield table, Version(ts, origin, rank), () if serial is None else (serial,)
+
+
+def _clashes_explained(final: Observed, conflicts: set[tuple[str, Version, tuple[int, ...]]]) -> None:
+    """I10: a row that was buried by a unique clash stands in a conflict log."""
+    explained = {(table, version[:2]) for table, version, _ in conflicts}
+    for place, (version, _) in final.versions.items():
+        if version.rank == 1 and (place[0], version[:2]) not in explained:
+            raise Violation(f"I10: {place} lost a clash with {version}; no conflict log says so")
+
+
+def _losers_recorded(
+    world: World, final: Observed, writes: dict[Place, list[RowWrite]], recorded: set[tuple[int, ...]]
+) -> None:
+    """I10: a row that nobody had seen and replaced, and that is not there, stands in a conflict log."""
+    for place, of_place in writes.items():
+        serial = TABLES[place[0]].columns.index("serial")
+        replaced = {write.before for write in of_place}
+        for write in of_place:
+            lost = write.after is not None and write.after != final.rows.get(place) and write.after not in replaced
+            if write.node and lost and write.after is not None and (write.after[serial][1],) not in recorded:
+                raise Violation(f"I10: nobody recorded the loss of {write}")
