@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import apsw
@@ -241,6 +242,16 @@ class Engine:
     async def absorb(self) -> int:
         """See Replica.absorb."""
         return await self.write(lambda: self.replica.absorb(self.time.bound_ms(), self.time.correction))
+
+    async def audit(self) -> int:
+        """Look for rows that went unseen by triggers. Returns how many were found; they are published as deletes."""
+        found = 0
+        for table in list(self.replica.schema.tables.values()):
+            keys = await self._on_reader(partial(self.replica.find_vanished, table))
+            if keys:
+                found += len(keys)
+                await self.write(partial(self.replica.log_vanished, table.name, keys))
+        return found
 
     async def prune(self, server_ms: int) -> int:
         """See Replica.prune_tombstones."""

@@ -17,7 +17,7 @@ from harmonylite.tasks import run_together
 log = logging.getLogger(__name__)
 
 CLOCK_S = 1.0
-TOMBSTONES_S = 3600.0
+HOURLY_S = 3600.0
 # Offline, a log is absorbed when it holds so many rows: then growth follows the rows changed, not the changes.
 LONG_LOG_ROWS = 20_000
 # Without any change the counts are looked at that seldom.
@@ -38,7 +38,12 @@ class Housekeeper:
         self.touched = True
 
     async def run(self, opened: asyncio.Event) -> None:
-        jobs = [self._watch_clock(opened), self._keep_house(opened), self._forget_tombstones(opened)]
+        jobs = [
+            self._watch_clock(opened),
+            self._keep_house(opened),
+            self._forget_tombstones(opened),
+            self._audit(opened),
+        ]
         if (interval := watchdog_interval()) is not None:
             jobs.append(self._feed_watchdog(interval, opened))
         await run_together(*jobs)
@@ -86,4 +91,12 @@ class Housekeeper:
             if self._connection.connected and server_ms is not None:
                 while forgotten := await self._engine.prune(server_ms):
                     log.debug("tombstones forgotten", extra={"fields": {"rows": forgotten}})
-            await asyncio.sleep(TOMBSTONES_S)
+            await asyncio.sleep(HOURLY_S)
+
+    async def _audit(self, opened: asyncio.Event) -> None:
+        """Second line behind the triggers: rows that should be there and are not."""
+        await opened.wait()
+        while True:
+            await asyncio.sleep(HOURLY_S)
+            if found := await self._engine.audit():
+                log.warning("rows were gone that no trigger had seen", extra={"fields": {"rows": found}})

@@ -95,13 +95,15 @@ def triggers(table: Table) -> tuple[Trigger, ...]:
         ),
         _trigger(table, "delete", f"AFTER DELETE ON {on}", _present(table, "OLD"), [_append(table, DELETED, "OLD")]),
     ]
-    plain = [index for index in table.uniques if index.plain]
-    if plain:
-        evicted = [_append_evicted(table, index) for index in plain]
-        named = dict.fromkeys(column for index in plain for column, _ in index.columns or ())
-        columns = ", ".join(quote(column) for column in named)
+    readable = [index for index in table.uniques if index.terms]
+    if readable:
+        evicted = [_append_evicted(table, index) for index in readable]
+        named = dict.fromkeys(column for index in readable for column in index.columns)
+        # A generated column is never set itself: its index follows columns that we do not know.
+        settable = all(index.settable for index in readable)
+        of = f" OF {', '.join(quote(column) for column in named)}" if settable and named else ""
         made.append(_trigger(table, "evict_insert", f"BEFORE INSERT ON {on}", "", evicted))
-        made.append(_trigger(table, "evict_update", f"BEFORE UPDATE OF {columns} ON {on}", "", evicted))
+        made.append(_trigger(table, "evict_update", f"BEFORE UPDATE{of} ON {on}", "", evicted))
     return tuple(made)
 
 
@@ -117,17 +119,21 @@ def _append(table: Table, op: int, row: str) -> str:
 
 
 def _append_evicted(table: Table, index: UniqueIndex) -> str:
-    """Log the row that this statement evicts if it is an OR REPLACE: no delete trigger fires for it."""
-    rival = " AND ".join(
-        f"rival.{quote(column)} = NEW.{quote(column)} COLLATE {quote(collation)}"
-        for column, collation in index.columns or ()
-    )
+    """Log the row that this statement evicts if it is an OR REPLACE: no delete trigger fires for it.
+
+    The index's own expressions are evaluated twice, over the rows that are there and over the new one: a subquery
+    gives NEW's values the names of the columns, so that no expression has to be rewritten.
+    """
+    new = f"(SELECT {', '.join(f'NEW.{quote(column)} AS {quote(column)}' for column in index.columns) or '1'})"
+    rival = [f"({term}) = (SELECT {term} FROM {new}) COLLATE {quote(coll)}" for term, coll in index.terms]
+    if index.where:
+        rival += [f"({index.where})", f"(SELECT {index.where} FROM {new})"]
+    if present := _present(table, "rival"):
+        rival.append(present)
     keys = ", ".join(f"rival.{quote(part.name)}" for part in table.key)
-    present = _present(table, "rival")
-    condition = f"{rival} AND {present}" if present else rival
     return (
-        f"INSERT INTO {log_table(table.name)} (ts, op, {key_columns(table)}) SELECT {NOW_MS}, {MAYBE_EVICTED}, {keys}"
-        f" FROM {quote(table.name)} AS rival WHERE {condition};"
+        f"INSERT INTO {log_table(table.name)} (ts, op, {key_columns(table)})"
+        f" SELECT {NOW_MS}, {MAYBE_EVICTED}, {keys} FROM {quote(table.name)} AS rival WHERE {' AND '.join(rival)};"
     )
 
 

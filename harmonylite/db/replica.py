@@ -34,7 +34,7 @@ from harmonylite.db.apply import Applier, OutOfTheOrdinaryError
 from harmonylite.db.conflicts import Recorder
 from harmonylite.db.outbox import Outbox, OutgoingGroup
 from harmonylite.db.resolve import MISFIT, Context
-from harmonylite.db.schema import Schema, Skipped, schema_cookie
+from harmonylite.db.schema import Schema, Skipped, Table, schema_cookie
 from harmonylite.db.sql import normal
 from harmonylite.db.tables import State
 from harmonylite.db.versions import NO_CORRECTION, Correction
@@ -49,6 +49,9 @@ EPOCH_SHIFT = 28
 
 # A tombstone pass forgets at most this many rows of a table in one transaction.
 PRUNE_ROWS = 2_000
+
+# So many vanished rows are taken note of at once.
+VANISHED_ROWS = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,6 +293,20 @@ class Replica:
     def unkeyed(self) -> int:
         """Reader. Rows with NULL in their key, which cannot be replicated."""
         return capture.count_unkeyed(self._reader, self.schema)
+
+    # -- a second look
+
+    def find_vanished(self, table: Table) -> list[Row]:
+        """Reader. Rows of one table that went by a way no trigger sees (DESIGN 3); reads all of its versions."""
+        return versions.find_vanished(self._reader, table, VANISHED_ROWS) if self._settings.publish else []
+
+    def log_vanished(self, name: str, keys: Sequence[Row]) -> None:
+        """Writer. Have them absorbed as deletes, if they are still gone then."""
+        with self._transaction():
+            table = self.schema.table(name)
+            if table is not None and self._settings.publish:
+                for key in keys:
+                    versions.log_vanished(self._writer, table, key)
 
     # -- publishing
 

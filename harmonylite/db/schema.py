@@ -10,7 +10,9 @@ from fnmatch import fnmatchcase
 
 import apsw
 
-from harmonylite.db.sql import PREFIX, integer, normal, rows
+from harmonylite.db import index_sql
+from harmonylite.db.index_sql import IndexText
+from harmonylite.db.sql import PREFIX, integer, normal, quote, rows, scalar
 
 # Collations that every SQLite has; a key with another one cannot be indexed by our tables.
 BUILT_IN_COLLATIONS = frozenset({"BINARY", "NOCASE", "RTRIM"})
@@ -36,15 +38,18 @@ class KeyColumn:
 
 @dataclass(frozen=True, slots=True)
 class UniqueIndex:
-    """A UNIQUE constraint or index besides the primary key. `columns` is None if an expression is part of it."""
+    """A UNIQUE constraint or index besides the primary key.
+
+    terms: what is indexed, as SQL, each with its collation; where: of a partial index, else empty; columns: the
+    table's columns that either mentions; settable: none of them is generated. Without terms its definition could not
+    be read.
+    """
 
     name: str
-    columns: tuple[tuple[str, str], ...] | None  # (column, collation)
-    partial: bool
-
-    @property
-    def plain(self) -> bool:
-        return self.columns is not None and not self.partial
+    terms: tuple[tuple[str, str], ...]
+    where: str
+    columns: tuple[str, ...]
+    settable: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +120,9 @@ def load(connection: apsw.Connection, include: Sequence[str] = (), exclude: Sequ
     for name, without_rowid, strict in listed:
         if normal(name).startswith(("sqlite_", PREFIX)):
             continue
-        if include and not any(fnmatchcase(name, pattern) for pattern in include):
+        if include and not _matches(name, include):
             continue
-        if any(fnmatchcase(name, pattern) for pattern in exclude):
+        if _matches(name, exclude):
             continue
         found = _load_table(connection, name, bool(without_rowid), bool(strict))
         if isinstance(found, Skipped):
@@ -127,15 +132,21 @@ def load(connection: apsw.Connection, include: Sequence[str] = (), exclude: Sequ
     return Schema(cookie, tables, tuple(skipped))
 
 
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(normal(name), normal(pattern)) for pattern in patterns)
+
+
 def _load_table(connection: apsw.Connection, name: str, without_rowid: bool, strict: bool) -> Table | Skipped:
     columns: list[Column] = []
     key_positions: dict[int, KeyColumn] = {}
-    indexes = rows(connection, "SELECT name, \"unique\", origin, partial FROM pragma_index_list(?, 'main')", (name,))
+    every_column: dict[str, bool] = {}
+    indexes = rows(connection, "SELECT name, \"unique\", origin FROM pragma_index_list(?, 'main')", (name,))
     key_index = next((row[0] for row in indexes if row[2] == "pk"), None)
     collations = _collations(connection, key_index) if key_index else {}
     for column, declared, not_null, default, position, hidden in rows(
         connection, "SELECT name, type, \"notnull\", dflt_value, pk, hidden FROM pragma_table_xinfo(?, 'main')", (name,)
     ):
+        every_column[column] = bool(hidden)
         if hidden:  # generated (2, 3)
             continue
         kind = affinity(declared, strict)
@@ -151,9 +162,7 @@ def _load_table(connection: apsw.Connection, name: str, without_rowid: bool, str
     if foreign:
         return Skipped(name, f"its key uses the application's own collation {foreign[0]}")
     uniques = tuple(
-        _unique_index(connection, index, bool(partial))
-        for index, unique, origin, partial in indexes
-        if unique and origin != "pk"
+        _unique_index(connection, index, every_column) for index, unique, origin in indexes if unique and origin != "pk"
     )
     return Table(name, tuple(columns), key, key_index is None, uniques)
 
@@ -163,10 +172,27 @@ def _collations(connection: apsw.Connection, index: str) -> dict[str, str]:
     return {normal(name): coll for name, coll in found if name is not None}
 
 
-def _unique_index(connection: apsw.Connection, index: str, partial: bool) -> UniqueIndex:
+def _unique_index(connection: apsw.Connection, index: str, every_column: Mapping[str, bool]) -> UniqueIndex:
+    """every_column: whether it is generated, by name."""
     found = rows(connection, "SELECT name, coll FROM pragma_index_xinfo(?, 'main') WHERE key ORDER BY seqno", (index,))
-    columns = None if any(name is None for name, _ in found) else tuple((name, coll) for name, coll in found)
-    return UniqueIndex(index, columns, partial)
+    collations = [coll for _, coll in found]
+    text = scalar(connection, "SELECT sql FROM main.sqlite_schema WHERE type = 'index' AND name = ?", (index,))
+    if text is None:  # made by a UNIQUE constraint: columns only
+        parsed = IndexText(tuple(quote(name) for name, _ in found), "")
+    else:
+        try:
+            parsed = index_sql.parse(text)
+        except ValueError:
+            return UniqueIndex(index, (), "", (), False)
+    words = parsed.words()
+    columns = tuple(name for name in every_column if normal(name) in words)
+    return UniqueIndex(
+        index,
+        tuple(zip(parsed.terms, collations, strict=True)),
+        parsed.where,
+        columns,
+        not any(every_column[name] for name in columns),
+    )
 
 
 def affinity(declared: str | None, strict: bool = False) -> str:

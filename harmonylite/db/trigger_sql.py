@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise, tee
 from typing import NamedTuple
 
 from harmonylite.db.sql import normal, quote
+from harmonylite.db.tokens import Token, tokens
 
 # What the statements of a trigger's body begin with.
 _STATEMENTS = frozenset({"INSERT", "UPDATE", "DELETE", "REPLACE", "SELECT", "WITH", "VALUES"})
@@ -42,11 +42,11 @@ class Declaration:
     def raises(self) -> bool:
         """Whether RAISE(...) stands anywhere in it. (A column may be called raise.)"""
         texts = (self.condition, self.body)
-        return any(("RAISE", "(") in pairwise(token.keyword for token in _tokens(text)) for text in texts)
+        return any(("RAISE", "(") in pairwise(token.keyword for token in tokens(text)) for text in texts)
 
     def resolves_conflicts(self) -> bool:
         """Whether a statement of the body is an INSERT OR .., an UPDATE OR .. or a REPLACE."""
-        words = pairwise(token.keyword for token in _tokens(self.body))
+        words = pairwise(token.keyword for token in tokens(self.body))
         return any(pair == ("REPLACE", "INTO") or (pair[0] == "OR" and pair[1] in _RESOLUTIONS) for pair in words)
 
     def references(self) -> tuple[Reference, ...]:
@@ -64,8 +64,8 @@ class Declaration:
 
     def _referring(self) -> Iterator[tuple[int, int, Reference]]:
         before = ""
-        tokens = list(_tokens(self.body))
-        for row, dot, column in zip(tokens, tokens[1:], tokens[2:], strict=False):
+        all_tokens = list(tokens(self.body))
+        for row, dot, column in zip(all_tokens, all_tokens[1:], all_tokens[2:], strict=False):
             if before != "." and dot.text == "." and column.kind in ("word", "quoted"):
                 name = row.name.upper() if row.kind in ("word", "quoted") else ""
                 if name in ("NEW", "OLD"):
@@ -73,55 +73,15 @@ class Declaration:
             before = row.text
 
 
-# https://sqlite.org/lang_keywords.html: four ways to quote a name; any character above ASCII is a letter.
-_TOKEN = re.compile(
-    r"""
-    (?P<space> [ \t\n\f\r]+ | --[^\n]* | /\*.*?(?:\*/|\Z) )
-  | (?P<quoted> '(?:[^']|'')*' | "(?:[^"]|"")*" | `(?:[^`]|``)*` | \[[^\]]*\] )
-  | (?P<word> [A-Za-z_\u0080-\U0010ffff][A-Za-z0-9_$\u0080-\U0010ffff]* )
-  | (?P<other> . )
-    """,
-    re.VERBOSE | re.DOTALL,
-)
-
-
-class _Token(NamedTuple):
-    kind: str
-    text: str
-    start: int
-    end: int
-
-    @property
-    def keyword(self) -> str:
-        """In capitals; "" for something quoted, which is never a keyword."""
-        return "" if self.kind == "quoted" else self.text.upper()
-
-    @property
-    def name(self) -> str:
-        """As an identifier. Raises ValueError if it cannot be one."""
-        if self.kind == "word":
-            return self.text
-        if self.kind != "quoted":
-            raise ValueError(f"a name was expected, not {self.text!r}")
-        mark = self.text[-1]
-        return self.text[1:-1].replace(mark * 2, mark) if mark != "]" else self.text[1:-1]
-
-
-def _tokens(sql: str) -> Iterator[_Token]:
-    for match in _TOKEN.finditer(sql):
-        if match.lastgroup is not None and match.lastgroup != "space":
-            yield _Token(match.lastgroup, match[0], match.start(), match.end())
-
-
 class _Header:
     """The tokens of a definition, read one by one."""
 
     def __init__(self, sql: str) -> None:
-        self._ahead = _tokens(sql)
-        self._end = _Token("end", "", len(sql), len(sql))
+        self._ahead = tokens(sql)
+        self._end = Token("end", "", len(sql), len(sql))
         self._next = next(self._ahead, self._end)
 
-    def take(self) -> _Token:
+    def take(self) -> Token:
         taken, self._next = self._next, next(self._ahead, self._end)
         return taken
 

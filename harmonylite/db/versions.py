@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 import apsw
 
 from harmonylite.db import capture, sparse, tables
-from harmonylite.db.capture import DELETED, MAYBE_EVICTED, key_columns, key_match
+from harmonylite.db.capture import MAYBE_EVICTED, key_columns, key_match
 from harmonylite.db.outbox import decode_typed, typed_sql
-from harmonylite.db.rows import identity
+from harmonylite.db.rows import bound, identity, marker
 from harmonylite.db.schema import Schema, Table
 from harmonylite.db.sql import integer, log_table, quote, rows, version_table
 from harmonylite.db.tables import State
+from harmonylite.model import Row
 
 # No upper bound known: the server's time has not been seen since the start.
 UNBOUNDED_MS = (1 << 62) - 1
@@ -49,7 +50,6 @@ class Absorb:
     clear_through: str
     last_ts: str
     end: str
-    vanished: str | None
 
     @classmethod
     def of(cls, table: Table) -> Absorb:
@@ -57,7 +57,6 @@ class Absorb:
         ours = " AND ".join(f"v.k{i} = l.k{i}" for i in range(len(table.key)))
         gone = f"NOT EXISTS (SELECT 1 FROM {quote(table.name)} AS r WHERE {key_match(table, 'l', 'r')})"
         logged = "l.ts + CASE WHEN l.ts <= :until THEN :delta ELSE 0 END"
-        risky = any(not index.plain for index in table.uniques)
         return cls(
             table=table,
             joined=(
@@ -78,17 +77,26 @@ class Absorb:
             clear_through=f"DELETE FROM {log} WHERE seq <= ?",
             last_ts=f"SELECT max({logged}) FROM {log} AS l WHERE seq <= :end",
             end=f"SELECT max(seq) FROM {log}",
-            vanished=vanished_sql(table) if risky else None,
         )
 
 
-def vanished_sql(table: Table) -> str:
-    """Log rows that vanished without a trigger: evicted by REPLACE through an index that triggers cannot follow."""
-    keys = key_columns(table)
-    return (
-        f"INSERT INTO {log_table(table.name)} (ts, op, {keys})"
-        f" SELECT {capture.NOW_MS}, {DELETED}, {keys} FROM {version_table(table.name)} AS v WHERE v.deleted = 0"
-        f" AND NOT EXISTS (SELECT 1 FROM {quote(table.name)} AS r WHERE {key_match(table, 'v', 'r')})"
+def find_vanished(connection: apsw.Connection, table: Table, limit: int) -> list[Row]:
+    """Keys of rows that should be there and are not: gone by a way that no trigger sees. Reads the whole table."""
+    typed = ", ".join(typed_sql(f"v.{name}") for name in key_columns(table).split(", "))
+    sql = (
+        f"SELECT {typed} FROM {version_table(table.name)} AS v WHERE v.deleted = 0"
+        f" AND NOT EXISTS (SELECT 1 FROM {quote(table.name)} AS r WHERE {key_match(table, 'v', 'r')}) LIMIT ?"
+    )
+    return [decode_typed(row) for row in rows(connection, sql, (limit,))]
+
+
+def log_vanished(connection: apsw.Connection, table: Table, key: Row) -> None:
+    """As if a trigger had seen it; the row's absence is checked once more when this is absorbed."""
+    markers = ", ".join(marker(value) for value in key)
+    connection.execute(
+        f"INSERT INTO {log_table(table.name)} (ts, op, {key_columns(table)})"
+        f" VALUES ({capture.NOW_MS}, {MAYBE_EVICTED}, {markers})",
+        bound(key),
     )
 
 
@@ -134,9 +142,6 @@ class Absorber:
             end = integer(connection, each.end)
             if not end:
                 continue
-            if each.vanished and taken < limit:
-                connection.execute(each.vanished)
-                end = integer(connection, each.end)
             start = integer(connection, f"SELECT min(seq) FROM {log_table(each.table.name)}") - 1
             take = min(end, start + limit - taken)
             drained = drained and take == end

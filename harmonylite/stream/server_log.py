@@ -26,6 +26,9 @@ _EXPECTED = re.compile(r"Plaintext passwords detected")
 # A hub or a peer that is away: the normal state of a device, not an error of its server.
 _UNREACHABLE = re.compile(r"Error trying to connect (?:as leafnode|to route|to remote)")
 _LINK = re.compile(r"leafnode|\blid:\d|\brid:\d|to route|route error", re.IGNORECASE)
+# Only a connection that we made is "for account"; it says nothing yet about whether the hub accepts it.
+_DIALLED = re.compile(r"\b(lid:\d+) - Leafnode connection created for account")
+_HUNG_UP = re.compile(r"\b(lid:\d+) - Leafnode connection closed: (.*?)(?: - Remote:.*| account:.*)?$")
 _REFUSED_BY_US = re.compile(r"authentication error")
 _LINK_UP = re.compile(r"JetStream using domains|JetStream Not Extended|Route connection created")
 _DISK_FULL = re.compile(r"no space left on device|disk quota exceeded", re.IGNORECASE)
@@ -59,6 +62,8 @@ class ServerLog:
         self.disk_full = False
         self.storage_error: str | None = None
         self.link_error: str | None = None
+        self._dialled: str | None = None
+        self._link_was_up = False
         self._rest = b""
         self._crashed = False
         self._reported: dict[str, float] = {}
@@ -80,9 +85,9 @@ class ServerLog:
         level, text = self._parse(line)
         if not text:
             return
-        if _LINK_UP.search(text):
-            self.link_error = None
-        elif level >= logging.WARNING:
+        if self._dials and self._follow_link(text):
+            level = logging.WARNING
+        if level >= logging.WARNING:
             self._remember(level, text)
         if level >= logging.WARNING and (_EXPECTED.search(text) or self._is_repeated(text)):
             level = logging.DEBUG
@@ -99,6 +104,23 @@ class ServerLog:
             return logging.DEBUG, line  # the stacks of all goroutines
         self._crashed = bool(_CRASH.match(line))
         return (logging.CRITICAL if self._crashed else logging.WARNING), line
+
+    def _follow_link(self, text: str) -> bool:
+        """Our own connection to a hub or peer comes up or goes: True if it went."""
+        if match := _DIALLED.search(text):
+            self._dialled, self._link_was_up = match[1], False
+        elif _LINK_UP.search(text):
+            self.link_error, self._link_was_up = None, True
+        elif (match := _HUNG_UP.search(text)) and match[1] == self._dialled and match[2] != "Server Shutdown":
+            if self._link_was_up:
+                self.link_error = f"the connection to the hub was lost ({match[2]})"
+            elif self.link_error is None:  # else the hub said why
+                self.link_error = (
+                    f"the hub closes each connection without a word ({match[2]}): it may want a client certificate "
+                    "or a login ([nats] cert_file, seed_file, user_name)"
+                )
+            return True
+        return False
 
     def _remember(self, level: int, text: str) -> None:
         if level >= logging.CRITICAL:

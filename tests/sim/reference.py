@@ -204,7 +204,7 @@ class ReferenceNode:
     @staticmethod
     def _unnoticed(place: Place, seen: Observed) -> bool:
         """Whether the row was removed and no trigger could tell: then it looks alive until the engine looks."""
-        version, deleted = seen.versions.get(place, (UNVERSIONED, False))
+        _, deleted = seen.versions.get(place, (UNVERSIONED, False))
         if place in seen.rows or deleted or not TABLES[place[0]].untraced:
             return False
         # It is noticed when the write that removed it is absorbed.

@@ -173,7 +173,7 @@ class Replicas(RuleBasedStateMachine):
 
 
 def _explore(histories: int, steps: int) -> None:
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         Replicas,
         settings=settings(
             max_examples=histories,

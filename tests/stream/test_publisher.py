@@ -28,6 +28,7 @@ from tests.stream.logfixture import (
     subject,
     topology,
 )
+from tests.stream.support import eventually
 
 
 async def stored(
@@ -146,7 +147,7 @@ def test_batches_that_are_no_longer_allowed(tmp_path: Path) -> None:
             config = {**info["config"], "allow_atomic": False}
             await api_request(connection, SETTINGS, f"STREAM.UPDATE.{STREAM}", config)
             content = os.urandom(3_000_000)
-            with pytest.raises(PublishFailed, match="group 2 .*atomic"):
+            with pytest.raises(PublishFailed, match=r"group 2 .*atomic"):
                 await publisher.publish(2, content, 0)
             assert (await stream_state(connection, SETTINGS, STREAM)).last_seq == 3
             published = await publisher.publish(3, content, 0)
@@ -160,7 +161,7 @@ def test_what_the_stream_refuses(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with client(server.url) as connection:
             publisher = Publisher(connection, SETTINGS)
-            with pytest.raises(PublishFailed, match="no stream takes harmonylite-change-log.1.7"):
+            with pytest.raises(PublishFailed, match=r"no stream takes harmonylite-change-log.1.7"):
                 await publisher.publish(1, b"x", 0)
             with pytest.raises(PublishFailed, match="does not exist"):
                 await publisher.publish(2, os.urandom(2_000_000), 0)
@@ -173,7 +174,7 @@ def test_what_the_stream_refuses(tmp_path: Path) -> None:
             }
             await api_request(connection, SETTINGS, f"STREAM.CREATE.{STREAM}", config)
             await publisher.publish(3, b"x", 0)
-            with pytest.raises(PublishFailed, match="group 4 .*maximum bytes"):
+            with pytest.raises(PublishFailed, match=r"group 4 .*maximum bytes"):
                 await publisher.publish(4, b"x" * 5000, 0)
             assert (await publisher.publish(5, b"x", 0)).sequences == (2,)
 
@@ -213,8 +214,7 @@ def test_no_answer_and_no_connection(tmp_path: Path) -> None:
             assert (await patient.publish(5, b"x", 0)).sequences == (5,)
             assert [patient.is_own(STREAM, sequence, number) for sequence, number in ((3, 3), (5, 5))] == [False, True]
             server.kill()
-            while connection.is_connected:
-                await asyncio.sleep(0.01)
+            await eventually(lambda: not connection.is_connected)
             started = time.monotonic()
             with pytest.raises(PublishFailed, match="not connected"):
                 await patient.publish(6, b"x", 0)

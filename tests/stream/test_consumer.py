@@ -1,0 +1,513 @@
+"""Reading a stream: in order, every group once, never past a gap, whatever happens to server and consumer."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from nats.aio.client import Client
+
+from harmonylite import wire
+from harmonylite.model import Delivery, Position
+from harmonylite.stream import consumer as consumer_module
+from harmonylite.stream import pull as pull_module
+from harmonylite.stream.consumer import Consumer, GapFound
+from harmonylite.stream.log import (
+    LogSettings,
+    StreamMissing,
+    StreamUnavailable,
+    api_request,
+    ensure_streams,
+    stored_time_ns,
+    stream_state,
+)
+from harmonylite.stream.publisher import Publisher, PublishFailed
+from tests.stream.logfixture import (
+    SETTINGS,
+    START,
+    STREAM,
+    TOPOLOGIES,
+    Place,
+    Server,
+    client,
+    consumer_names,
+    delete_message,
+    eventually_ensured,
+    hub_and_leaf,
+    numbers,
+    payload,
+    read_numbers,
+    single_server,
+    store,
+    topology,
+)
+
+READER = replace(SETTINGS, node_id=9)
+
+
+def parts_of(number: int, publisher: int, count: int) -> list[bytes]:
+    """One group, cut into `count` messages."""
+    content = payload(number, publisher, size=500)
+    room = wire.HEADER_BYTES - (-len(content) // count)
+    parts = wire.split(content, publisher=publisher, number=number, max_ts=0, max_bytes=room)
+    assert len(parts) == count
+    return parts
+
+
+def whole(number: int, publisher: int = 7, *, max_ts: int = 0) -> bytes:
+    """One group as one message."""
+    content = payload(number, publisher)
+    (part,) = wire.split(content, publisher=publisher, number=number, max_ts=max_ts, max_bytes=10_000)
+    return part
+
+
+async def time_at(connection: Client, sequence: int, settings: LogSettings = SETTINGS) -> int:
+    state = await stream_state(connection, settings, STREAM)
+    return await stored_time_ns(connection, settings, state, sequence) or 0
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_groups_arrive_in_order_with_their_position(tmp_path: Path, name: str) -> None:
+    async def scenario(place: Place) -> None:
+        async with client(place.url) as sending, client(place.url) as reading:
+            await eventually_ensured(sending, place.settings)
+            publisher = Publisher(sending, place.settings)
+            reader = Consumer(reading, replace(place.settings, node_id=9), STREAM, START)
+            assert await reader.read(wait_s=0.2) == Delivery(reader.position)
+            state = await stream_state(sending, place.settings, STREAM)
+            assert reader.position == Position(STREAM, state.created, 0, 0)
+            contents = [payload(number, size=size) for number, size in enumerate((1, 20_000_000, 10, 100_000))]
+            await asyncio.gather(*(publisher.publish(number, data, 0) for number, data in enumerate(contents)))
+            received = []
+            while len(received) < 4:
+                received += (await reader.read(wait_s=5)).groups
+            assert [wire.encode_group(one.group, compress=False) for one in received] == contents
+            last = (await stream_state(sending, place.settings, STREAM)).last_seq
+            stored_ns = await time_at(sending, last, place.settings)
+            assert reader.position == Position(STREAM, state.created, last, stored_ns)
+            assert (received[-1].sequence, received[-1].stored_ms) == (last, stored_ns // 1_000_000)
+            # A new reader goes on where this one was.
+            await publisher.publish(4, payload(4), 0)
+            resumed = Consumer(reading, place.settings, STREAM, reader.position)
+            assert await read_numbers(resumed, 1) == [4]
+            await resumed.close()
+            await reader.close()
+            assert await consumer_names(sending, place.settings) == []
+
+    with topology(name, tmp_path) as place:
+        asyncio.run(scenario(place))
+
+
+def test_many_small_messages_come_in_few_reads_and_at_once(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with client(server.url) as connection:
+            await ensure_streams(connection, SETTINGS)
+            publisher = Publisher(connection, SETTINGS)
+            data = payload(1)
+            await asyncio.gather(*(publisher.publish(number, data, 0) for number in range(1000)))
+            reader = Consumer(connection, READER, STREAM, START)
+            started, reads, sizes = time.monotonic(), 0, 0
+            while reader.position.sequence < 1000:
+                delivery = await reader.read(max_messages=100, wait_s=5)
+                sizes = max(sizes, len(delivery.groups) + len(delivery.undecodable))
+                reads += 1
+            assert sizes <= 100
+            assert reads < 200
+            assert time.monotonic() - started < 3  # it does not wait for more when there is something
+            # By bytes: the message that reaches the bound is the last one.
+            again = Consumer(connection, READER, STREAM, START)
+            await again.read(max_messages=1, wait_s=5)
+            await asyncio.sleep(0.2)
+            assert (await again.read(max_messages=100, max_bytes=1, wait_s=5)).position.sequence == 2
+            await reader.close()
+            await again.close()
+
+    with single_server(tmp_path / "s") as server:
+        asyncio.run(scenario())
+
+
+def test_position_stays_before_an_open_group(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with client(server.url) as connection:
+            await ensure_streams(connection, SETTINGS)
+            first, second, third = parts_of(50, 8, 3)
+            for publisher, data in ((7, whole(1)), (8, first), (7, whole(2)), (8, second), (7, whole(3))):
+                await store(connection, publisher, data)
+            reader = Consumer(connection, READER, STREAM, START)
+            assert await read_numbers(reader, 3) == [1, 2, 3]
+            open_at = reader.position
+            assert (open_at.sequence, open_at.stored_ns) == (1, await time_at(connection, 1))
+            await store(connection, 8, third)
+            delivery = await reader.read(wait_s=5)
+            assert numbers(delivery) == [50]
+            assert (delivery.groups[0].sequence, delivery.position.sequence) == (6, 6)
+            assert delivery.position.stored_ns == await time_at(connection, 6)
+            # After a crash in between, what lies between the parts comes again.
+            resumed = Consumer(connection, READER, STREAM, open_at)
+            assert await read_numbers(resumed, 3) == [2, 3, 50]
+            assert resumed.position == reader.position
+            await reader.close()
+            await resumed.close()
+
+    with single_server(tmp_path / "s") as server:
+        asyncio.run(scenario())
+
+
+def test_two_open_groups_and_one_that_is_given_up(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with client(server.url) as connection:
+            await ensure_streams(connection, SETTINGS)
+            reader = Consumer(connection, READER, STREAM, START)
+            seven, eight = parts_of(70, 7, 2), parts_of(80, 8, 2)
+            positions = []
+            for publisher, data in ((7, seven[0]), (8, eight[0]), (7, whole(71)), (9, whole(1, 9)), (8, eight[1])):
+                sequence = await store(connection, publisher, data)
+                await reader.read(wait_s=0.2)
+                positions.append((sequence, reader.position.sequence, reader.position.stored_ns))
+            # 71 tells that 70 never ends; then only 80 holds the position, until it is complete.
+            assert [at[:2] for at in positions] == [(1, 0), (2, 0), (3, 1), (4, 1), (5, 5)]
+            assert [at[2] for at in positions] == [await time_at(connection, at[1]) if at[1] else 0 for at in positions]
+            await reader.close()
+
+    with single_server(tmp_path / "s") as server:
+        asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_undecodable_messages_are_delivered_and_passed(tmp_path: Path, name: str) -> None:
+    async def scenario(place: Place) -> None:
+        settings = place.settings
+        async with client(place.url) as connection:
+            await eventually_ensured(connection, settings)
+            broken = wire.split(b"no group", publisher=7, number=2, max_ts=0, max_bytes=1000)[0]
+            damaged = parts_of(3, 7, 2)
+            damaged[1] = damaged[1][:-1] + bytes([damaged[1][-1] ^ 1])
+            wrong_number = wire.split(payload(5), publisher=7, number=6, max_ts=0, max_bytes=1000)[0]
+            for publisher, data in (
+                *((7, b"hello"), (7, whole(1)), (7, broken), (7, damaged[0]), (7, damaged[1])),
+                *((7, whole(4, 8)), (7, b""), (7, wrong_number), (7, whole(7))),
+            ):
+                await store(connection, publisher, data)
+            reader = Consumer(connection, settings, STREAM, START)
+            good, bad = [], []
+            while reader.position.sequence < 9:
+                delivery = await reader.read(wait_s=5)
+                good += numbers(delivery)
+                bad += delivery.undecodable
+            assert good == [1, 7]
+            assert [message.sequence for message in bad] == [1, 3, 5, 6, 7, 8]
+            assert (bad[0].data, bad[1].data) == (b"hello", b"no group")
+            assert "may not publish on" in bad[3].error
+            await reader.close()
+
+    with topology(name, tmp_path) as place:
+        asyncio.run(scenario(place))
+
+
+def test_own_messages_are_passed_without_being_decoded(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with client(server.url) as connection:
+            await ensure_streams(connection, SETTINGS)
+            publisher = Publisher(connection, SETTINGS)
+            now_ms = int(time.time() * 1000)
+            await publisher.publish(1, payload(1), now_ms)
+            await publisher.publish(2, payload(2, size=2_000_000), now_ms)
+            await publisher.publish(3, payload(3), now_ms + 3_600_000)  # its receivers clamp it, so must we
+            await store(connection, 8, whole(4, 8))
+            await publisher.publish(5, payload(5), now_ms + 30_000)
+            reader = Consumer(connection, SETTINGS, STREAM, START, is_own=publisher.is_own, tolerance_ms=60_000)
+            assert await read_numbers(reader, 2) == [3, 4]
+            while reader.position.sequence < 6:
+                assert numbers(await reader.read(wait_s=5)) == []
+            assert reader.position.stored_ns == await time_at(connection, 6)
+            # Another process of the same node, started from a backup perhaps, needs them all.
+            other = Consumer(connection, SETTINGS, STREAM, START, is_own=Publisher(connection, SETTINGS).is_own)
+            assert await read_numbers(other, 5) == [1, 2, 3, 4, 5]
+            # So does another node, whatever it is told.
+            third = Consumer(connection, READER, STREAM, START, is_own=publisher.is_own, tolerance_ms=60_000)
+            assert await read_numbers(third, 5) == [1, 2, 3, 4, 5]
+            for consumer in (reader, other, third):
+                await consumer.close()
+
+    with single_server(tmp_path / "s") as server:
+        asyncio.run(scenario())
+
+
+def test_an_own_group_that_was_given_up_does_not_hold_the_position(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with client(server.url) as connection:
+            await ensure_streams(connection, SETTINGS)
+            publisher = Publisher(connection, SETTINGS)
+            reader = Consumer(connection, SETTINGS, STREAM, START, is_own=publisher.is_own, tolerance_ms=60_000)
+            await store(connection, 7, parts_of(1, 7, 2)[0])
+            await reader.read(wait_s=0.3)
+            assert reader.position.sequence == 0
+            await publisher.publish(2, payload(2), 0)
+            await publisher.publish(3, payload(3), 0)
+            while reader.position.sequence < 3:
+                await reader.read(wait_s=5)
+            await reader.close()
+
+    with single_server(tmp_path / "s") as server:
+        asyncio.run(scenario())
+
+
+def test_a_deleted_message_is_a_gap(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with client(server.url) as connection:
+            await ensure_streams(connection, SETTINGS)
+            for number in range(1, 7):
+                await store(connection, 7, whole(number))
+            await delete_message(connection, 4)
+            reader = Consumer(connection, READER, STREAM, START)
+            assert await read_numbers(reader, 3) == [1, 2, 3]
+            for _ in range(2):  # it stays a gap until somebody reconciles
+                with pytest.raises(GapFound) as caught:
+                    await reader.read(wait_s=5)
+                assert (caught.value.expected, caught.value.found) == (4, 5)
+            assert reader.position.sequence == 3
+            await reader.close()
+            beyond = Consumer(connection, READER, STREAM, replace(reader.position, sequence=4, stored_ns=0))
+            assert await read_numbers(beyond, 2) == [5, 6]
+            await beyond.close()
+
+    with single_server(tmp_path / "s") as server:
+        asyncio.run(scenario())
+
+
+def hurry(monkeypatch: pytest.MonkeyPatch, heartbeat_s: float = 0.2) -> None:
+    monkeypatch.setattr(pull_module, "HEARTBEAT_S", heartbeat_s)
+    monkeypatch.setattr(pull_module, "SILENCE_S", 2.5 * heartbeat_s)
+
+
+def test_deleted_messages_at_the_end_are_a_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with client(server.url) as connection:
+            await ensure_streams(connection, SETTINGS)
+            for number in range(1, 6):
+                await store(connection, 7, whole(number))
+            await delete_message(connection, 5)
+            await delete_message(connection, 4)
+            reader = Consumer(connection, READER, STREAM, START)
+            assert await read_numbers(reader, 3) == [1, 2, 3]
+            with pytest.raises(GapFound, match="up to 5 are missing"):
+                await reader.read(wait_s=10)
+            await reader.close()
+
+    hurry(monkeypatch)
+    with single_server(tmp_path / "s") as server:
+        asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("position", "reason", "found"),
+    [
+        (START, "1 to 3 were discarded", 4),
+        (Position(STREAM, "", 9), "ends at 6", None),
+        (Position(STREAM, "2026-01-01T00:00:00Z", 5), "created anew", None),
+        (Position(STREAM, "", 5, 1), "another one", None),
+    ],
+)
+def test_reading_does_not_begin_in_another_log(
+    tmp_path: Path, position: Position, reason: str, found: int | None
+) -> None:
+    async def scenario() -> None:
+        async with client(server.url) as connection:
+            await ensure_streams(connection, SETTINGS)
+            for number in range(1, 7):
+                await store(connection, 7, whole(number))
+            await api_request(connection, SETTINGS, f"STREAM.PURGE.{STREAM}", {"seq": 4})
+            reader = Consumer(connection, READER, STREAM, position)
+            with pytest.raises(GapFound, match=reason) as caught:
+                await reader.read(wait_s=5)
+            assert (caught.value.expected, caught.value.found) == (position.sequence + 1, found)
+            assert await consumer_names(connection) == []
+
+    with single_server(tmp_path / "s") as server:
+        asyncio.run(scenario())
+
+
+def test_no_stream_and_no_server(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with client(server.url) as connection:
+            reader = Consumer(connection, READER, STREAM, START)
+            with pytest.raises(StreamMissing):
+                await reader.read(wait_s=5)
+            await ensure_streams(connection, SETTINGS)
+            assert await reader.read(wait_s=0.1) == Delivery(reader.position)
+            server.kill()
+            started = time.monotonic()
+            with pytest.raises(StreamUnavailable):
+                await reader.read(wait_s=1)
+            assert 0.9 < time.monotonic() - started < 5
+        started = time.monotonic()
+        with pytest.raises(StreamUnavailable, match="not connected"):
+            await reader.read(wait_s=30)
+        assert time.monotonic() - started < 2  # a closed client does not come back
+        await reader.close()
+
+    with single_server(tmp_path / "s") as server:
+        asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("name", ["server", "leaf"])
+def test_a_consumer_that_was_deleted_is_made_again(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(place: Place) -> None:
+        async with client(place.url) as connection:
+            await eventually_ensured(connection, place.settings)
+            reader = Consumer(connection, place.settings, STREAM, START)
+            for number in range(1, 6):
+                await store(connection, 7, whole(number))
+                assert await read_numbers(reader, 1) == [number]
+                waiting = asyncio.create_task(reader.read(wait_s=30)) if number % 2 else None
+                await asyncio.sleep(0.05)
+                (consumer,) = await consumer_names(connection, place.settings)
+                await api_request(connection, place.settings, f"CONSUMER.DELETE.{STREAM}.{consumer}")
+                if waiting is not None:
+                    await store(connection, 7, whole(number + 100))
+                    assert numbers(await asyncio.wait_for(waiting, 10)) == [number + 100]
+            await reader.close()
+
+    hurry(monkeypatch)
+    with topology(name, tmp_path) as place:
+        asyncio.run(scenario(place))
+
+
+def test_a_read_that_is_cancelled_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode, started = consumer_module._decode, []
+
+    def slow(joined: object) -> object:
+        started.append(1)
+        time.sleep(0.2)
+        return decode(joined)  # type: ignore[arg-type]
+
+    async def scenario() -> None:
+        async with client(server.url) as connection:
+            await ensure_streams(connection, SETTINGS)
+            publisher = Publisher(connection, SETTINGS)
+            for number in range(4):
+                await publisher.publish(number, payload(number, size=100_000), 0)
+            reader = Consumer(connection, READER, STREAM, START)
+            waiting = asyncio.create_task(reader.read(wait_s=10))
+            while not started:
+                await asyncio.sleep(0.01)  # noqa: ASYNC110
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            assert reader.position.sequence == 0
+            assert await read_numbers(reader, 4) == [0, 1, 2, 3]
+            await reader.close()
+
+    monkeypatch.setattr(consumer_module, "_decode", slow)
+    with single_server(tmp_path / "s") as server:
+        asyncio.run(scenario())
+
+
+async def publish_all(publisher: Publisher, count: int, acknowledged: dict[int, tuple[int, ...]]) -> None:
+    """Publish until `count` groups are acknowledged; what failed goes again under a new number."""
+    number = 0
+    while len(acknowledged) < count:
+        number += 1
+        size = 2_500_000 if number % 50 == 0 else 200
+        try:
+            published = await publisher.publish(number, payload(number, size=size), 0)
+            acknowledged[number] = published.sequences
+        except PublishFailed:
+            await asyncio.sleep(0.05)
+
+
+async def read_all(reader: Consumer, until: set[int], found: list[tuple[int, int]]) -> None:
+    while not until <= {number for _, number in found}:
+        try:
+            delivery = await reader.read(wait_s=5)
+        except StreamUnavailable:
+            continue
+        assert not delivery.undecodable
+        found += [(received.sequence, received.group.number) for received in delivery.groups]
+
+
+def check_exactly_once(acknowledged: dict[int, tuple[int, ...]], found: list[tuple[int, int]]) -> None:
+    sequences = [sequence for sequence, _ in found]
+    assert sequences == sorted(set(sequences))
+    read = dict((number, sequence) for sequence, number in found)
+    assert len(read) == len(found)
+    # Groups that were not acknowledged may be there as well.
+    assert {number: read.get(number) for number in acknowledged} == {
+        number: own[-1] for number, own in acknowledged.items()
+    }
+
+
+async def survive(sending: Client, reading: Client, settings: LogSettings, broken: Server) -> None:
+    await eventually_ensured(sending, settings)
+    publisher = Publisher(sending, settings, timeout_s=1.0)
+    reader = Consumer(reading, replace(settings, node_id=9), STREAM, START)
+    acknowledged: dict[int, tuple[int, ...]] = {}
+    found: list[tuple[int, int]] = []
+    publishing = asyncio.create_task(publish_all(publisher, 400, acknowledged))
+    while_publishing = asyncio.create_task(read_all(reader, {10**9}, found))
+    for goal in (100, 250):
+        while len(acknowledged) < goal:
+            await asyncio.sleep(0.01)  # noqa: ASYNC110
+            assert not while_publishing.done()
+        await asyncio.to_thread(broken.kill)
+        publisher.connection_lost()
+        await asyncio.sleep(0.3)
+        await asyncio.to_thread(broken.start)
+    await asyncio.wait_for(publishing, 60)
+    while_publishing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await while_publishing
+    await asyncio.wait_for(read_all(reader, set(acknowledged), found), 60)
+    check_exactly_once(acknowledged, found)
+    late = Consumer(reading, settings, STREAM, START)
+    again: list[tuple[int, int]] = []
+    await asyncio.wait_for(read_all(late, set(acknowledged), again), 60)
+    check_exactly_once(acknowledged, again)
+    await reader.close()
+    await late.close()
+    await publisher.close()
+
+
+def test_acknowledged_groups_survive_a_server_that_is_killed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with client(server.url) as sending, client(server.url) as reading:
+            await survive(sending, reading, SETTINGS, server)
+
+    with single_server(tmp_path / "s") as server:
+        asyncio.run(scenario())
+
+
+@pytest.mark.slow
+def test_acknowledged_groups_survive_a_hub_that_is_killed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with client(leaf.url) as sending, client(leaf.url) as reading:
+            await survive(sending, reading, replace(SETTINGS, domain="hub"), hub)
+
+    with hub_and_leaf(tmp_path) as (hub, leaf):
+        asyncio.run(scenario())
+
+
+def test_a_tail_that_is_lost_while_reading_is_a_gap(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with client(server.url) as connection:
+            await ensure_streams(connection, SETTINGS)
+            for number in range(1, 101):
+                await store(connection, 7, whole(number))
+            reader = Consumer(connection, READER, STREAM, START)
+            assert await read_numbers(reader, 100) == list(range(1, 101))
+            server.kill()
+            (block,) = (server.folder / "store").rglob("*.blk")
+            os.truncate(block, block.stat().st_size // 2)
+            server.start()
+            with pytest.raises(GapFound, match="ends at"):
+                while True:
+                    await reader.read(wait_s=10)
+            assert reader.position.sequence == 100
+            await reader.close()
+
+    with single_server(tmp_path / "s") as server:
+        asyncio.run(scenario())
