@@ -107,7 +107,8 @@ class Engine:
                 self._complain("the database cannot be written; trying again", error)
             else:
                 self.last_error = None
-                self.metrics.apply_lock_seconds.observe(self.replica.lock_seconds)
+                if held := self.replica.take_lock_seconds():
+                    self.metrics.apply_lock_seconds.observe(held)
                 return result
             await asyncio.sleep(pause)
             pause = min(pause * 2, RETRY_LONGEST_S)

@@ -32,8 +32,9 @@ RETRY_S = 1.0
 # The server's clock is asked for that often.
 CLOCK_INTERVAL_S = 60.0
 
-# A commit becomes visible a moment after its write wakes us: look again after these pauses.
-LOOK_AGAIN_S = (0.0, 0.001, 0.002, 0.004, 0.01, 0.05)
+# A commit becomes visible after the write that wakes us: a moment later, or as late as the card's fsync ends, of which
+# nothing tells. So look again after these pauses.
+LOOK_AGAIN_S = (0.0, 0.001, 0.002, 0.004, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 
 @dataclass(slots=True)
@@ -58,13 +59,14 @@ class Wakeup:
     def set(self) -> None:
         self._event.set()
 
-    async def wait(self, timeout_s: float | None) -> None:
-        """Wait for a commit, or for the time to pass."""
+    async def wait(self, timeout_s: float | None) -> bool:
+        """Wait for a commit (True), or for the time to pass (False)."""
         try:
             await asyncio.wait_for(self._event.wait(), timeout_s)
         except asyncio.TimeoutError:
-            return
+            return False
         self._event.clear()  # not when cancelled: the next one to wait must see it
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,12 +217,8 @@ class Session:
                     await self._send(group)
                     after = max(after, group.through)
                 continue
-            if self._in_flight:
-                await self._settle(wait=False)
-            pause = LOOK_AGAIN_S[looks]
-            looks += 1
-            if pause:
-                await asyncio.sleep(pause)
+            await self._settle(wait=False)
+            looks = 0 if await self._wakeup.wait(LOOK_AGAIN_S[looks]) else looks + 1
         return after
 
     async def _send(self, group: Packed) -> None:

@@ -16,7 +16,7 @@ from harmonylite.db.capture import collate, key_columns
 from harmonylite.db.resolve import MISFIT, Context, Resolver
 from harmonylite.db.schema import Schema, Table
 from harmonylite.db.sql import columns_sql, normal, quote, version_table
-from harmonylite.model import Group, Row, Stamp, TableChanges
+from harmonylite.model import Group, Row, Stamp, TableChanges, Version
 
 _SAVEPOINT = "__harmonylite__group"
 
@@ -84,18 +84,18 @@ class Applier:
             if statements is None or not statements.fits(changes):
                 raise OutOfTheOrdinaryError(changes.table)
             table = statements.table.name
-            if table in context.sparse_tables or table in context.recorder.parked_tables:
+            if table in context.sparse_tables:
                 raise OutOfTheOrdinaryError(changes.table)
             # Deletes first: a unique value may have moved from a deleted row to a new one.
             if changes.deleted:
                 won = self._compare(statements, changes.deleted, changes.deleted_stamps, 1, limit_ms)
-                self._connection.executemany(statements.delete, won)
-                context.applied += len(won)
+                self._connection.executemany(statements.delete, _picked(changes.deleted, won))
+                self._settle(table, changes.deleted, changes.deleted_stamps, won, context)
             if changes.rows:
-                pick = _picker(changes.columns, changes.key)
-                won_rows = self._compare_live(statements, changes, pick, limit_ms)
-                self._connection.executemany(statements.write(changes.columns), won_rows)
-                context.applied += len(won_rows)
+                keys = list(map(_picker(changes.columns, changes.key), changes.rows))
+                won = self._compare(statements, keys, changes.row_stamps, 0, limit_ms)
+                self._connection.executemany(statements.write(changes.columns), _picked(changes.rows, won))
+                self._settle(table, keys, changes.row_stamps, won, context)
 
     def careful(self, group: Group, context: Context, limit_ms: int) -> None:
         """Apply a group the fast way if that works, row by row otherwise."""
@@ -111,41 +111,31 @@ class Applier:
                 resolver.apply(changes)
         self._connection.execute(f"RELEASE {_SAVEPOINT}")
 
-    def _compare_live(
-        self, statements: _Statements, changes: TableChanges, pick: Callable[[Row], Row], limit_ms: int
-    ) -> Sequence[Row]:
-        keys = list(map(pick, changes.rows))
-        won = self._winners(statements, keys, changes.row_stamps, 0, limit_ms)
-        if len(won) == len(keys):
-            return changes.rows
-        self._check_losers(statements, changes, keys, won)
-        return [changes.rows[index] for index in won]
+    @staticmethod
+    def _settle(table: str, keys: Sequence[Row], stamps: Sequence[Stamp], won: Sequence[int], context: Context) -> None:
+        """Count the winners and drop what was parked for them."""
+        context.applied += len(won)
+        if table in context.recorder.parked_tables:
+            for index in won:
+                context.recorder.unpark(table, keys[index], Version(*stamps[index][:3]))
 
     def _compare(
         self, statements: _Statements, keys: Sequence[Row], stamps: Sequence[Stamp], deleted: int, limit_ms: int
-    ) -> Sequence[Row]:
+    ) -> Sequence[int]:
+        """Store the versions that win; returns the indexes of their rows, ascending."""
         won = self._winners(statements, keys, stamps, deleted, limit_ms)
-        if len(won) == len(keys):
-            return keys
-        lost = set(range(len(keys))).difference(won)
-        for index in lost:
-            self._check_old(statements, keys[index], stamps[index], deleted)
-        return [keys[index] for index in won]
+        if len(won) < len(keys):
+            for index in set(range(len(keys))).difference(won):
+                self._check_old(statements, keys[index], stamps[index], deleted)
+        return won
 
     def _winners(
         self, statements: _Statements, keys: Sequence[Row], stamps: Sequence[Stamp], deleted: int, limit_ms: int
     ) -> list[int]:
-        """Store the versions that win; returns the indexes of their rows."""
         if max(map(itemgetter(0), stamps)) > limit_ms or min(map(itemgetter(0), stamps)) <= 0:
             raise OutOfTheOrdinaryError("a version with an impossible time")
         bindings = [(*key, *stamp, deleted, index) for index, (key, stamp) in enumerate(zip(keys, stamps, strict=True))]
         return [row[0] for row in self._connection.executemany(statements.compare, bindings)]
-
-    def _check_losers(
-        self, statements: _Statements, changes: TableChanges, keys: Sequence[Row], won: Sequence[int]
-    ) -> None:
-        for index in set(range(len(keys))).difference(won):
-            self._check_old(statements, keys[index], changes.row_stamps[index], 0)
 
     def _check_old(self, statements: _Statements, key: Row, stamp: Stamp, deleted: int) -> None:
         """A row that did not win is ordinary if it is the very write that is here, or one its writer had seen.
@@ -159,6 +149,10 @@ class Applier:
             if stamp[:3] == (ts, node, rank) and deleted and local_deleted:
                 return
         raise OutOfTheOrdinaryError(statements.table.name)
+
+
+def _picked(rows: Sequence[Row], won: Sequence[int]) -> Sequence[Row]:
+    return rows if len(won) == len(rows) else [rows[index] for index in won]
 
 
 def _picker(columns: Sequence[str], key: Sequence[str]) -> Callable[[Row], Row]:

@@ -42,7 +42,8 @@ from harmonylite.model import Delivery, Group, Position, ReceivedGroup, Row, Tab
 
 log = logging.getLogger(__name__)
 
-DAY_MS = 86_400_000
+HOUR_MS = 3_600_000
+DAY_MS = 24 * HOUR_MS
 
 # A group's number: seconds since 1970 at the start, or one more than at the last start; then a counter.
 EPOCH_SHIFT = 28
@@ -73,14 +74,12 @@ class ReplicaSettings:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """rows: winners written; lock_seconds: how long the write lock was held; newest_ms: the newest version time of
-    each group, for the replication lag."""
+    """rows: winners written; newest_ms: the newest version time of each group, for the replication lag."""
 
     rows: int
     conflicts: int
     parked: int
     undecodable: int
-    lock_seconds: float
     newest_ms: tuple[int, ...]
 
 
@@ -99,6 +98,7 @@ class Replica:
         self._schema: Schema | None = None
         self._numbers: Iterator[int] | None = None
         self._lock_seconds = 0.0
+        self._server_ms = 0
         self._instance_id = ""
         self._paused_tables = 0
 
@@ -151,6 +151,7 @@ class Replica:
         before = replace(self._state)
         with sql.write_transaction(self._writer):
             started = time.perf_counter()
+            installed = False
             try:
                 if self._schema is None:
                     tables.create(self._writer)
@@ -158,10 +159,12 @@ class Replica:
                     self._state = replace(before)
                     self._acknowledged = max(self._acknowledged, before.published_batch)
                 if self._numbers is not None and self._is_stale():
+                    installed = True
                     self._install()
                 if self._acknowledged > self._state.published_batch:
                     self._state = replace(self._state, published_batch=self._acknowledged)
                     versions.forget_joins(self._writer, self._acknowledged)
+                self._raise_floor()
                 noted = list(self._noted.values())
                 for position in noted:
                     tables.save_position(self._writer, position)
@@ -169,13 +172,20 @@ class Replica:
                 tables.save_state(self._writer, before, self._state)
             except BaseException:
                 # The database goes back; so does all that this process believes of it.
-                self._state, self._schema = before, None
+                self._state = before
+                if installed:
+                    self._schema = None
                 raise
             finally:
-                self._lock_seconds = time.perf_counter() - started
+                self._lock_seconds += time.perf_counter() - started
         for position in noted:
             if self._noted.get(position.stream) is position:
                 del self._noted[position.stream]
+
+    def _raise_floor(self) -> None:
+        if self._server_ms:
+            bounded = min(self._state.floor_ms, self._server_ms + self._settings.tolerance_ms)
+            self._state = replace(self._state, floor_ms=max(bounded, self._server_ms))
 
     def _is_stale(self) -> bool:
         return self._schema is None or schema_cookie(self._writer) != self._schema.cookie
@@ -241,10 +251,10 @@ class Replica:
     def skipped(self) -> Sequence[Skipped]:
         return self.schema.skipped
 
-    @property
-    def lock_seconds(self) -> float:
-        """How long the last write transaction held the lock."""
-        return self._lock_seconds
+    def take_lock_seconds(self) -> float:
+        """Writer. How long the write lock was held since the last call."""
+        held, self._lock_seconds = self._lock_seconds, 0.0
+        return held
 
     @property
     def conflicts_total(self) -> int:
@@ -453,7 +463,6 @@ class Replica:
             conflicts=recorder.conflicts,
             parked=recorder.parked,
             undecodable=len(delivery.undecodable),
-            lock_seconds=self._lock_seconds,
             newest_ms=tuple(newest),
         )
 
@@ -497,12 +506,15 @@ class Replica:
         """Writer. The server's time is known: nothing written here may claim to be later than that (DESIGN 8).
 
         The floor becomes at least the server's time, so that a clock that starts in the past cannot make new writes
-        lose to old ones.
+        lose to old ones. The first call, and then one an hour, writes; what the others say comes with the next
+        write transaction.
         """
+        first = not self._server_ms
+        self._server_ms = server_ms
+        if not first and server_ms - self._state.floor_ms < HOUR_MS:
+            return
         bound = server_ms + self._settings.tolerance_ms
         with self._transaction():
-            floor = max(min(self._state.floor_ms, bound), server_ms)
-            self._state = replace(self._state, floor_ms=floor)
             for table in self.schema.tables.values():
                 versions.clamp(
                     self._writer,

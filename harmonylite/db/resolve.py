@@ -139,7 +139,8 @@ class Resolver:
         local = store.find_version(self._connection, table, row.key) or NO_VERSION
         if row.version > local.version:
             old = store.read(self._connection, table, row.key)
-            unseen = old is not None and local.version[:2] > row.base
+            buried = row.version.rank == 1 and row.version[:2] == local.version[:2]
+            unseen = old is not None and (buried or local.version[:2] > row.base)
             return Winner(row, local, old, _why(row.version) if unseen else None)
         if row.stamped == local.version and row.version != local.version:
             # The stream bounded the time that this version claims; adopt what all others see.

@@ -111,16 +111,27 @@ class Absorbed:
     tables: tuple[Table, ...]
 
 
+NOTHING = Absorbed(0, 0, True, ())
+
+# Conditions in one statement (SQLite allows expressions 1000 deep).
+_TERMS = 200
+
+
 class Absorber:
     """Moves change logs into version tables, inside the caller's write transaction."""
 
     def __init__(self, schema: Schema, node_id: int) -> None:
         self._node_id = node_id
         self._statements = tuple(Absorb.of(table) for table in schema.tables.values())
+        names = [log_table(table.name) for table in schema.tables.values()]
+        self._any_log = tuple(
+            f"SELECT 1 WHERE {' OR '.join(f'EXISTS (SELECT 1 FROM {name})' for name in names[i : i + _TERMS])}"
+            for i in range(0, len(names), _TERMS)
+        )
 
     def has_log(self, connection: apsw.Connection) -> bool:
         """Whether any change log holds rows, in the view of the database that the connection has."""
-        return any(True for each in self._statements for row in rows(connection, each.end) if row[0])
+        return any(integer(connection, sql) for sql in self._any_log)
 
     def absorb(
         self,
@@ -136,6 +147,8 @@ class Absorber:
         bound_ms: the latest time a write may claim to have been made. A log too large for one transaction is
         absorbed in several, whose batches are joined.
         """
+        if not self.has_log(connection):
+            return NOTHING, state
         todo: list[tuple[Absorb, int]] = []
         taken, drained = 0, True
         for each in self._statements:
@@ -148,8 +161,6 @@ class Absorber:
             if take > start:
                 todo.append((each, take))
                 taken += take - start
-        if not todo:
-            return Absorbed(0, 0, drained, ()), state
         batch = state.batch + 1
         joined = [self._absorb_table(connection, state, each, end, batch, bound_ms, correction) for each, end in todo]
         lows = [low for low, _ in joined if low] + ([state.open_batch] if state.open_batch else [])

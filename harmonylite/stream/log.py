@@ -27,8 +27,6 @@ from harmonylite.model import Position
 
 log = logging.getLogger(__name__)
 
-API_TIMEOUT_S = 5.0
-
 # Error codes of the server: https://github.com/nats-io/nats-server/blob/main/server/errors.json
 STREAM_NOT_FOUND = 10059
 # The first JetStream API level (server 2.12) that knows atomic batches.
@@ -67,7 +65,8 @@ class LogSettings:
     max_bytes: size at which a stream discards its oldest messages, -1 for no bound of its own; replicas: copies in
     a cluster; domain: JetStream domain of the hub, None for the server connected to; compress: groups are
     compressed by their publisher (streams never are: it costs memory and saves nothing, payloads are compressed
-    already); update_existing: change a stream whose configuration differs, rather than only say so.
+    already); update_existing: change a stream whose configuration differs, rather than only say so; api_timeout_s: how
+    long an answer of JetStream may take.
     """
 
     node_id: int
@@ -79,6 +78,7 @@ class LogSettings:
     compress: bool = True
     max_bytes: int = -1
     update_existing: bool = False
+    api_timeout_s: float = 5.0
 
     @property
     def api_prefix(self) -> str:
@@ -163,12 +163,7 @@ def parse_time_ns(text: str) -> int:
 
 
 async def api_message(
-    client: Client,
-    subject: str,
-    body: bytes,
-    *,
-    headers: dict[str, str] | None = None,
-    timeout_s: float = API_TIMEOUT_S,
+    client: Client, subject: str, body: bytes, *, timeout_s: float, headers: dict[str, str] | None = None
 ) -> Msg:
     """Send one request. Raises StreamUnavailable when nobody answers in time, or at once while not connected."""
     if not client.is_connected:  # the client would buffer the request and send it some time later
@@ -193,11 +188,16 @@ async def api_request(
     request: str,
     body: Mapping[str, object] | None = None,
     *,
-    timeout_s: float = API_TIMEOUT_S,
+    timeout_s: float | None = None,
 ) -> dict[str, Any]:
-    """Ask the JetStream API (`request`: such as `STREAM.INFO.name`). Raises StreamUnavailable or ApiError."""
+    """Ask the JetStream API (`request`: such as `STREAM.INFO.name`). Raises StreamUnavailable or ApiError.
+
+    timeout_s: instead of the settings' api_timeout_s.
+    """
     data = b"" if body is None else json.dumps(body).encode()
-    message = await api_message(client, f"{settings.api_prefix}.{request}", data, timeout_s=timeout_s)
+    message = await api_message(
+        client, f"{settings.api_prefix}.{request}", data, timeout_s=timeout_s or settings.api_timeout_s
+    )
     answer: dict[str, Any] = json.loads(message.data)
     raise_error(request, answer)
     return answer
@@ -338,7 +338,8 @@ async def stored_time_ns(client: Client, settings: LogSettings, state: StreamSta
             raise
         return parse_time_ns(answer["message"]["time"])
     subject = f"{settings.api_prefix}.DIRECT.GET.{state.name}"
-    message = await api_message(client, subject, json.dumps(body).encode())
+    data = json.dumps(body).encode()
+    message = await api_message(client, subject, data, timeout_s=settings.api_timeout_s)
     headers = message.headers or {}
     if "Nats-Time-Stamp" in headers:
         return parse_time_ns(headers["Nats-Time-Stamp"])

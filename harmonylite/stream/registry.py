@@ -233,7 +233,9 @@ class Registry:
             }
         ).encode()
         headers = {"Nats-Expected-Last-Subject-Sequence": str(revision)}
-        message = await api_message(self._client, subject, data, headers=headers)
+        message = await api_message(
+            self._client, subject, data, timeout_s=self._settings.api_timeout_s, headers=headers
+        )
         ack = json.loads(message.data)
         raise_error(f"the entry of node {entry.node_id}", ack)
         return int(ack["seq"])

@@ -99,15 +99,19 @@ class Absorb:
 
 @dataclass(frozen=True)
 class Collect:
-    """Read pending rows as groups; needs a node that is online and has consumed to the end since it connected."""
+    """Absorb and begin to read pending rows as groups, from the reader's pinned snapshot, from the writer's or under
+    the write lock (`how`). Needs a node that is online and has consumed to the end since it connected.
+    """
 
     node: int
+    how: str = "reader"
 
 
 @dataclass(frozen=True)
 class Publish:
-    """Send up to `count` collected groups. `fate` of the last one: "acked"; "lost" (never stored); "unacked"
-    (stored, but the node does not hear of it). Both faults break the node's connection.
+    """Send up to `count` collected groups. `fate`: "acked"; "late" (stored, the acknowledgements come with later
+    ones); "lost" (the last one is never stored); "hole" (the first one is never stored, those behind it are);
+    "unacked" (stored, but the node does not hear of the last). The last three break the node's connection.
     """
 
     node: int
@@ -211,6 +215,7 @@ class History:
     `shards`: number of streams; node i publishes to stream i % shards. `offsets`: each node's clock at the start.
     `listeners`: how many of the last nodes run with publish=false (their applications do not write).
     `exact_bound`: whether absorb is told the latest time it may claim (a daemon that knows the server's time).
+    `skip_own`: acknowledged messages of the same session are passed over, as the stream's reader does.
     """
 
     nodes: int
@@ -221,6 +226,7 @@ class History:
     offsets: tuple[int, ...] = ()
     listeners: int = 0
     exact_bound: bool = True
+    skip_own: bool = True
     group_rows: int = 512
 
     def __str__(self) -> str:
@@ -238,6 +244,8 @@ class History:
 
 # --- random histories -------------------------------------------------------------------------------------------
 
+HOW = ("reader", "writer", "locked")
+FATES = ("acked", "late", "lost", "hole", "unacked")
 _PROFILES = ("honest", "honest", "skewed", "skewed", "wild")
 
 
@@ -269,6 +277,7 @@ class Generator:
             offsets=offsets,
             listeners=self.listeners,
             exact_bound=source.random() < 0.8,
+            skip_own=source.random() < 0.7,
             group_rows=source.choice((1, 2, 512, 512)),
         )
 
@@ -338,9 +347,9 @@ class Generator:
         if kind == "absorb":
             return Absorb(node)
         if kind == "collect":
-            return Collect(node)
+            return Collect(node, source.choice(HOW))
         if kind == "publish":
-            fate = source.choice(("acked", "acked", "acked", "lost", "unacked"))
+            fate = source.choice(("acked", "acked", *FATES))
             return Publish(node, source.choice((1, 2, 100)), fate)
         if kind == "deliver":
             again = source.choice((0, 0, 0, 1, 3, 50))

@@ -11,11 +11,11 @@ import apsw
 
 from harmonylite.db.outbox import OutgoingGroup
 from harmonylite.db.replica import Replica, ReplicaSettings
-from harmonylite.model import Delivery, Group, Position, ReceivedGroup, Version
+from harmonylite.model import Delivery, Group, Position, ReceivedGroup
 from tests.sim.application import Application
 from tests.sim.history import Write
-from tests.sim.reference import Change, Observed, Place, ReferenceNode, RowWrite, Violation, changes_of
-from tests.sim.tables import TABLES, RowState, read_columns, read_rows, row_key
+from tests.sim.observe import observe
+from tests.sim.reference import Change, Observed, ReferenceNode, RowWrite, Violation, changes_of
 
 if TYPE_CHECKING:
     from tests.sim.world import World
@@ -25,8 +25,6 @@ T = TypeVar("T")
 CREATED = "2023-11-14T22:13:20Z"
 # The daemon absorbs again when a write slipped in before the reader was pinned; so often at most in a row here.
 COLLECT_ATTEMPTS = 5
-# In a change log: the row may have been removed by a REPLACE; it means nothing while the row is there.
-MAYBE_EVICTED = 3
 
 
 class Crash(BaseException):
@@ -46,7 +44,13 @@ class Node:
         self.path = world.folder / f"node-{index}.db"
         self.online = False
         self.dead = False
-        self.in_flight: deque[OutgoingGroup] = deque()
+        # Groups read and not sent; where more come from; sent ones whose acknowledgement is under way.
+        self._unsent: deque[OutgoingGroup] = deque()
+        self._snapshot: Iterator[OutgoingGroup] | None = None
+        self._unacknowledged: deque[tuple[OutgoingGroup, int]] = deque()
+        self._after = 0
+        # Sequence numbers of own messages that were acknowledged in this session.
+        self._own: set[int] = set()
         self.collected: list[Group] = []
         self.transactions: list[list[RowWrite]] = []
         self.reference = ReferenceNode(node_id, world.tolerance_ms, self.listens_only)
@@ -104,6 +108,7 @@ class Node:
     def stop(self) -> None:
         if self._replica is not None:
             self.disconnect()
+            self._call(Replica.flush)
             self._call(Replica.close)
             self._replica = None
             self._connections.clear()
@@ -145,8 +150,20 @@ class Node:
             self.reference.follow(self.observe(), (), now, may_clamp=True)
 
     def disconnect(self) -> None:
+        """The connection is gone, and with it everything that was under way."""
         self.online = False
-        self.in_flight.clear()
+        self._unsent.clear()
+        self._unacknowledged.clear()
+        self._own.clear()
+        self._after = 0
+        self._let_go()
+
+    def _let_go(self) -> None:
+        snapshot, self._snapshot = self._snapshot, None
+        close = getattr(snapshot, "close", None)
+        if close is not None:
+            with contextlib.suppress(Crash):  # of a process that is dead already
+                close()
 
     def _bound(self) -> int | None:
         """The latest time that a write may claim, if this node's daemon knows the server's time."""
@@ -159,35 +176,76 @@ class Node:
         self._call(Replica.absorb, self._bound())
         self.reference.follow(self.observe(), (), self.world.server.now_ms)
 
-    def collect(self) -> None:
+    def collect(self, how: str) -> None:
         """Pending rows become groups to be sent, if this node may publish now and has sent all before."""
-        if not self.online or self.in_flight or self.listens_only or not self.caught_up():
+        if not self.online or self.listens_only or self.has_groups() or not self.caught_up():
             return
         for _ in range(COLLECT_ATTEMPTS):
-            self.absorb()
-            groups = self._call(Replica.collect)
-            if groups is not None:
-                self.in_flight.extend(groups)
-                self.collected.extend(outgoing.group for outgoing in groups)
+            if how == "locked":
+                self._unsent.extend(self._call(Replica.outgoing_locked, self._after, self._bound()))
+                self.reference.follow(self.observe(), (), self.world.server.now_ms)
                 return
+            self.absorb()
+            groups = self._outgoing(how == "writer")
+            if groups is not None:
+                return
+
+    def _outgoing(self, on_writer: bool) -> Iterator[OutgoingGroup] | None:
+        groups: Iterator[OutgoingGroup] | None = self._call(
+            lambda replica: replica.outgoing(self._after, on_writer=on_writer)
+        )
+        if on_writer and groups is not None:
+            self._unsent.extend(self._call(lambda _: list(groups)))
+        else:
+            self._snapshot = groups
+        return groups
+
+    def has_groups(self) -> bool:
+        """Whether collected groups wait to be sent."""
+        return bool(self._unsent) or self._snapshot is not None
 
     def caught_up(self) -> bool:
         return all(self._cursors[shard] >= target for shard, target in enumerate(self._targets))
 
+    def _next_group(self) -> OutgoingGroup | None:
+        if not self._unsent and self._snapshot is not None:
+            snapshot = self._snapshot
+            group = self._call(lambda _: next(snapshot, None))
+            if group is None:
+                self._let_go()
+                return None
+            self._unsent.append(group)
+        return self._unsent.popleft() if self._unsent else None
+
     def publish(self, count: int, fate: str = "acked") -> bool:
-        """Send up to `count` groups; `fate` of the last as in history.Publish. Whether any was sent."""
-        sent = False
-        for remaining in range(min(count, len(self.in_flight)), 0, -1):
-            outgoing = self.in_flight.popleft()
-            sent = True
-            last = remaining == 1
-            if not (last and fate == "lost"):
-                self.world.server.store(self.index % self.world.history.shards, outgoing.group)
-            if last and fate != "acked":
-                self.disconnect()
-            else:
-                self._call(Replica.mark_published, outgoing.through)
-        return sent
+        """Send up to `count` groups; `fate` as in history.Publish. Whether any was sent."""
+        outgoing: list[OutgoingGroup] = []
+        while len(outgoing) < count and (group := self._next_group()) is not None:
+            outgoing.append(group)
+        shard = self.index % self.world.history.shards
+        for place, group in enumerate(outgoing):
+            self.collected.append(group.group)
+            self._after = max(self._after, group.through)
+            lost = (fate == "lost" and place == len(outgoing) - 1) or (fate == "hole" and place == 0)
+            if not lost:
+                self._unacknowledged.append((group, self.world.server.store(shard, group.group)))
+        if fate == "lost":
+            self._acknowledge()
+        if fate == "unacked" and self._unacknowledged:
+            self._unacknowledged.pop()
+            self._acknowledge()
+        if fate == "acked":
+            self._acknowledge()
+        elif fate != "late" and outgoing:
+            self.disconnect()
+        return bool(outgoing)
+
+    def _acknowledge(self) -> None:
+        """All acknowledgements that are under way arrive, in order."""
+        while self._unacknowledged:
+            group, sequence = self._unacknowledged.popleft()
+            self._own.add(sequence)
+            self._call(Replica.mark_published, group.through)
 
     def deliver(self, shard: int, count: int, again: int = 0) -> bool:
         """Apply the next messages of a stream, old ones again before them. Whether there were new ones."""
@@ -196,10 +254,14 @@ class Node:
         stream = self.world.server.streams[shard]
         cursor = self._cursors[shard]
         new = stream[cursor : cursor + count]
-        received = stream[max(0, cursor - again) : cursor] + new
+        received = stream[max(0, cursor - again) : cursor] + [each for each in new if not self._may_skip(shard, each)]
+        end = cursor + len(new)
         if received:
-            self._apply(shard, received, cursor + len(new))
-        return bool(new)
+            self._apply(shard, received, end)
+        elif new:
+            self._call(Replica.note_position, self._position(shard, end))
+            self._cursors[shard] = end
+        return bool(received)
 
     def consume(self) -> bool:
         """Apply everything there is. Whether there was anything."""
@@ -207,9 +269,7 @@ class Node:
         return any(applied)
 
     def _apply(self, shard: int, received: Sequence[ReceivedGroup], end: int) -> None:
-        stream = self.world.server.streams[shard]
-        stored_ns = stream[end - 1].stored_ms * 1_000_000
-        position = Position(self._stream(shard), CREATED, end, stored_ns)
+        position = self._position(shard, end)
         tolerance = self.world.tolerance_ms
         changes = [change for each in received for change in changes_of(each, tolerance)]
         try:
@@ -225,6 +285,18 @@ class Node:
 
     def _follow_apply(self, changes: Iterable[Change]) -> None:
         self.reference.follow(self.observe(), changes, self.world.server.now_ms)
+
+    def _may_skip(self, shard: int, received: ReceivedGroup) -> bool:
+        """Whether a message is this session's own, with nothing in it that the stream's time bounds."""
+        own = shard == self.index % self.world.history.shards and received.sequence in self._own
+        changes = changes_of(received, self.world.tolerance_ms)
+        return self.world.history.skip_own and own and all(each.effective == each.claimed for each in changes)
+
+    def _position(self, shard: int, end: int) -> Position:
+        """After message `end` of a stream; 0: before the first."""
+        stream = self.world.server.streams[shard]
+        stored_ns = stream[end - 1].stored_ms * 1_000_000 if end else 0
+        return Position(self._stream(shard), CREATED, end, stored_ns)
 
     def _stream(self, shard: int) -> str:
         return f"changes-{shard + 1}"
@@ -293,34 +365,6 @@ class Node:
         if race is not None:
             self.write(race[1])
 
-    # --- looking at the database ---
-
     def observe(self) -> Observed:
-        """Everything of the database that the rules speak about."""
-        connection = self.application.connection
-        rows: dict[Place, RowState] = {}
-        versions: dict[Place, tuple[Version, bool]] = {}
-        logged: set[Place] = set()
-        log_rows = 0
-        existing = {str(name) for (name,) in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")}
-        for name in self.world.history.tables:
-            table = TABLES[name]
-            for key, row in read_rows(connection, table).items():
-                rows[name, key] = row
-            keys = [f"k{i}" for i in range(len(table.key))]
-            width = len(keys)
-            if (version_table := f"__harmonylite__{name}_version") in existing:
-                for cells in read_columns(connection, version_table, [*keys, "ts", "node", "rank", "deleted"]):
-                    ts, node, rank, deleted = (content for _, content in cells[width:])
-                    place = (name, row_key(table, cells[:width]))
-                    versions[place] = (Version(ts, node, rank), bool(deleted))  # type: ignore[arg-type]
-            if (log_table := f"__harmonylite__{name}_change_log") in existing:
-                for cells in read_columns(connection, log_table, [*keys, "op"]):
-                    place = (name, row_key(table, cells[:width]))
-                    log_rows += 1
-                    if cells[width][1] != MAYBE_EVICTED or place not in rows:
-                        logged.add(place)
-        sequences: dict[str, int] = {}
-        if "__harmonylite__position" in existing:
-            sequences.update(connection.execute("SELECT stream, sequence FROM __harmonylite__position"))
-        return Observed(rows, versions, frozenset(logged), log_rows, sequences)
+        """The node's database as it is."""
+        return observe(self.application.connection, self.world.history.tables)

@@ -50,7 +50,7 @@ class Table:
     statement writes its own serial number, so that a row's content tells which write it came from).
     `pools`: the values that operations write into the remaining columns. `exact`: the outcome can be predicted
     from the application's statements alone (no secondary unique index, no cascade). `untraced`: REPLACE can remove
-    a row and no trigger can tell which (partial and expression indexes, cascades), so that the time is a guess.
+    a row and no trigger can tell which (cascades), so that the time is a guess.
     `full_text_index`: an FTS5 table, not replicated, that the application's triggers keep in step with this one.
     """
 
@@ -270,7 +270,6 @@ TABLES: dict[str, Table] = {
             pools=(("email", EMAILS[:4]), ("active", (0, 1, 1))),
             swappable=("email",),
             exact=False,
-            untraced=True,
         ),
         Table(
             "expression_unique",
@@ -284,7 +283,6 @@ TABLES: dict[str, Table] = {
             pools=(("email", EMAILS), ("note", NOTES)),
             swappable=("email",),
             exact=False,
-            untraced=True,
         ),
         Table(
             "parent",

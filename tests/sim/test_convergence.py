@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from tests.sim.history import (
+    FATES,
     HOUR,
+    HOW,
     Absorb,
     Collect,
     Connect,
@@ -104,12 +106,12 @@ class Replicas(RuleBasedStateMachine):
     def absorb(self, node: int) -> None:
         self._do(Absorb(self._node(node)))
 
-    @rule(node=NODES)
-    def collect(self, node: int) -> None:
-        self._do(Collect(self._node(node)))
+    @rule(node=NODES, how=st.sampled_from(HOW))
+    def collect(self, node: int, how: str) -> None:
+        self._do(Collect(self._node(node), how))
 
-    @precondition(lambda self: self.world is None or any(node.in_flight for node in self.world.nodes))
-    @rule(node=NODES, count=st.integers(1, 3), fate=st.sampled_from(("acked", "lost", "unacked")))
+    @precondition(lambda self: self.world is None or any(node.has_groups() for node in self.world.nodes))
+    @rule(node=NODES, count=st.integers(1, 3), fate=st.sampled_from(FATES))
     def publish(self, node: int, count: int, fate: str) -> None:
         self._do(Publish(self._node(node), count, fate))
 

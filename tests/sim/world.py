@@ -52,12 +52,13 @@ class Server:
         self.now_ms = START_MS
         self.streams: list[list[ReceivedGroup]] = [[] for _ in range(shards)]
 
-    def store(self, shard: int, group: Group) -> None:
-        """Append a group, as it comes out of its encoding."""
+    def store(self, shard: int, group: Group) -> int:
+        """Append a group, as it comes out of its encoding. Returns its sequence number."""
         self.now_ms += 1
         stream = self.streams[shard]
         encoded = wire.encode_group(group, compress=len(stream) % 2 == 0)
         stream.append(ReceivedGroup(wire.decode_group(encoded), len(stream) + 1, self.now_ms))
+        return len(stream)
 
 
 class World:
@@ -146,7 +147,7 @@ class World:
         elif isinstance(step, Absorb):
             node.absorb()
         elif isinstance(step, Collect):
-            node.collect()
+            node.collect(step.how)
         elif isinstance(step, Publish):
             node.publish(step.count, step.fate)
         elif isinstance(step, Deliver):
@@ -174,8 +175,8 @@ class World:
         """Whether anything was applied or published."""
         node.connect()
         busy = node.consume()
-        node.collect()
-        busy = node.publish(len(node.in_flight)) or busy
+        node.collect("reader")
+        busy = node.publish(1_000_000) or busy
         return node.consume() or busy
 
     def settle(self) -> None:
