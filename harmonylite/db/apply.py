@@ -14,7 +14,7 @@ import apsw
 
 from harmonylite.db.capture import collate, key_columns
 from harmonylite.db.resolve import MISFIT, Context, Resolver
-from harmonylite.db.schema import Schema, Table
+from harmonylite.db.schema import KeyColumn, Schema, Table
 from harmonylite.db.sql import columns_sql, normal, quote, version_table
 from harmonylite.model import Group, Row, Stamp, TableChanges, Version
 
@@ -36,15 +36,16 @@ class _Statements:
         width = len(table.key)
         marks = ", ".join(f"?{i + 1}" for i in range(width + 6))
         # A row whose writer had not seen the live one here is a conflict: left out, so that `resolve` logs it.
-        self.compare = (
+        self.store = (
             f"INSERT INTO {version} AS v ({keys}, ts, node, rank, base_ts, base_node, deleted) VALUES ({marks})"
             f" ON CONFLICT ({keys}) DO UPDATE SET ts = excluded.ts, node = excluded.node, rank = excluded.rank,"
             " base_ts = excluded.base_ts, base_node = excluded.base_node, deleted = excluded.deleted,"
             " batch = NULL, settled_ms = NULL"
             " WHERE (excluded.ts, excluded.node, excluded.rank) > (v.ts, v.node, v.rank)"
             " AND (v.deleted OR (v.ts, v.node) <= (excluded.base_ts, excluded.base_node))"
-            f" RETURNING ?{width + 7}"
         )
+        # RETURNING costs more than all the rest: only where some rows do not win.
+        self.compare = f"{self.store} RETURNING ?{width + 7}"
         where = " AND ".join(f"{quote(part.name)} = ?{collate(part)}" for part in table.key)
         self.delete = f"DELETE FROM {quote(table.name)} WHERE {where}"
         self.locate = f"SELECT ts, node, rank, base_ts, base_node, deleted FROM {version} WHERE " + " AND ".join(
@@ -62,7 +63,10 @@ class _Statements:
         """UPSERT of whole rows; OR ABORT overrides the conflict clauses of the schema, which could swallow a row."""
         table = self.table
         marks = ", ".join("?" for _ in columns)
-        assignments = ", ".join(f"{quote(name)} = excluded.{quote(name)}" for name in columns)
+        # An equal key may be spelled differently (NOCASE, 1 and 1.0), unless it is the rowid or plain text.
+        same = {normal(part.name) for part in table.key if table.rowid_alias or _is_exact(part)}
+        changing = [name for name in columns if normal(name) not in same] or list(table.key_names)
+        assignments = ", ".join(f"{quote(name)} = excluded.{quote(name)}" for name in changing)
         return (
             f"INSERT OR ABORT INTO {quote(table.name)} ({columns_sql(columns)}) VALUES ({marks})"
             f" ON CONFLICT ({columns_sql(table.key_names)}) DO UPDATE SET {assignments}"
@@ -76,9 +80,9 @@ class Applier:
         self._connection = connection
         self._statements = {name: _Statements(table) for name, table in schema.tables.items()}
 
-    def fast(self, group: Group, context: Context, limit_ms: int) -> None:
+    def fast(self, group: Group, context: Context, limit_ms: int, *, all_win: bool = True) -> None:
         """Apply a group of ordinary changes. Raises OutOfTheOrdinaryError or apsw.Error, with the group half
-        applied: the caller rolls back and uses `careful`."""
+        applied: the caller rolls back and uses `careful`. all_win: it is not ordinary that a row is old news."""
         for changes in group.tables:
             statements = self._statements.get(normal(changes.table))
             if statements is None or not statements.fits(changes):
@@ -88,12 +92,12 @@ class Applier:
                 raise OutOfTheOrdinaryError(changes.table)
             # Deletes first: a unique value may have moved from a deleted row to a new one.
             if changes.deleted:
-                won = self._compare(statements, changes.deleted, changes.deleted_stamps, 1, limit_ms)
+                won = self._compare(statements, changes.deleted, changes.deleted_stamps, 1, limit_ms, all_win)
                 self._connection.executemany(statements.delete, _picked(changes.deleted, won))
                 self._settle(table, changes.deleted, changes.deleted_stamps, won, context)
             if changes.rows:
                 keys = list(map(_picker(changes.columns, changes.key), changes.rows))
-                won = self._compare(statements, keys, changes.row_stamps, 0, limit_ms)
+                won = self._compare(statements, keys, changes.row_stamps, 0, limit_ms, all_win)
                 self._connection.executemany(statements.write(changes.columns), _picked(changes.rows, won))
                 self._settle(table, keys, changes.row_stamps, won, context)
 
@@ -102,7 +106,7 @@ class Applier:
         self._connection.execute(f"SAVEPOINT {_SAVEPOINT}")
         applied = context.applied
         try:
-            self.fast(group, context, limit_ms)
+            self.fast(group, context, limit_ms, all_win=False)
         except (OutOfTheOrdinaryError, TypeError, *MISFIT):  # TypeError: apsw cannot bind a RawText
             context.applied = applied
             self._connection.execute(f"ROLLBACK TO {_SAVEPOINT}")
@@ -120,22 +124,31 @@ class Applier:
                 context.recorder.unpark(table, keys[index], Version(*stamps[index][:3]))
 
     def _compare(
-        self, statements: _Statements, keys: Sequence[Row], stamps: Sequence[Stamp], deleted: int, limit_ms: int
+        self,
+        statements: _Statements,
+        keys: Sequence[Row],
+        stamps: Sequence[Stamp],
+        deleted: int,
+        limit_ms: int,
+        all_win: bool,
     ) -> Sequence[int]:
         """Store the versions that win; returns the indexes of their rows, ascending."""
-        won = self._winners(statements, keys, stamps, deleted, limit_ms)
-        if len(won) < len(keys):
-            for index in set(range(len(keys))).difference(won):
-                self._check_old(statements, keys[index], stamps[index], deleted)
-        return won
-
-    def _winners(
-        self, statements: _Statements, keys: Sequence[Row], stamps: Sequence[Stamp], deleted: int, limit_ms: int
-    ) -> list[int]:
-        if max(map(itemgetter(0), stamps)) > limit_ms or min(map(itemgetter(0), stamps)) <= 0:
+        times = list(map(itemgetter(0), stamps))
+        if max(times) > limit_ms or min(times) <= 0:
             raise OutOfTheOrdinaryError("a version with an impossible time")
+        if all_win:
+            before = self._connection.totalchanges()
+            self._connection.executemany(
+                statements.store, [(*key, *stamp, deleted) for key, stamp in zip(keys, stamps, strict=True)]
+            )
+            if self._connection.totalchanges() - before != len(keys):
+                raise OutOfTheOrdinaryError(statements.table.name)
+            return range(len(keys))
         bindings = [(*key, *stamp, deleted, index) for index, (key, stamp) in enumerate(zip(keys, stamps, strict=True))]
-        return [row[0] for row in self._connection.executemany(statements.compare, bindings)]
+        won = [row[0] for row in self._connection.executemany(statements.compare, bindings)]
+        for index in set(range(len(keys))).difference(won):
+            self._check_old(statements, keys[index], stamps[index], deleted)
+        return won
 
     def _check_old(self, statements: _Statements, key: Row, stamp: Stamp, deleted: int) -> None:
         """A row that did not win is ordinary if it is the very write that is here, or one its writer had seen.
@@ -149,6 +162,11 @@ class Applier:
             if stamp[:3] == (ts, node, rank) and deleted and local_deleted:
                 return
         raise OutOfTheOrdinaryError(statements.table.name)
+
+
+def _is_exact(part: KeyColumn) -> bool:
+    """Whether equal keys are the same to the byte."""
+    return part.affinity == "TEXT" and part.collation.upper() == "BINARY"
 
 
 def _picked(rows: Sequence[Row], won: Sequence[int]) -> Sequence[Row]:

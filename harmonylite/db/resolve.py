@@ -123,9 +123,9 @@ class Resolver:
             yield self._row(key, stamp, None)
 
     def _row(self, key: Row, stamp: Stamp, values: Values | None) -> Incoming:
-        stamped = Version(stamp.ts, stamp.node, stamp.rank)
-        version = stamped._replace(ts=min(stamp.ts, self._limit_ms))
-        return Incoming(key, stamped, version, (stamp.base_ts, stamp.base_node), values)
+        ts, node, rank, base_ts, base_node = stamp
+        version = Version(min(ts, self._limit_ms), node, rank)
+        return Incoming(key, Version(ts, node, rank), version, (base_ts, base_node), values)
 
     @staticmethod
     def _local_name(table: Table | None, name: str) -> str:
