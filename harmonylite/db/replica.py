@@ -6,12 +6,10 @@ used by one thread at a time; methods say which they use.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
 from operator import itemgetter
 from pathlib import Path
 
@@ -20,7 +18,6 @@ import apsw
 from harmonylite.db import (
     capture,
     conflicts,
-    install,
     orphans,
     resolve,
     rows,
@@ -32,6 +29,7 @@ from harmonylite.db import (
 )
 from harmonylite.db.apply import Applier, OutOfTheOrdinaryError
 from harmonylite.db.conflicts import Recorder
+from harmonylite.db.database import Database, ReplicaSettings
 from harmonylite.db.outbox import Outbox, OutgoingGroup
 from harmonylite.db.resolve import MISFIT, Context
 from harmonylite.db.schema import Schema, Skipped, Table, schema_cookie
@@ -40,36 +38,15 @@ from harmonylite.db.tables import State
 from harmonylite.db.versions import NO_CORRECTION, Correction
 from harmonylite.model import Delivery, Group, Position, ReceivedGroup, Row, TableChanges, Undecodable
 
+__all__ = ["Applied", "Replica", "ReplicaSettings", "newest_ms"]
+
 log = logging.getLogger(__name__)
-
-HOUR_MS = 3_600_000
-DAY_MS = 24 * HOUR_MS
-
-# A group's number: seconds since 1970 at the start, or one more than at the last start; then a counter.
-EPOCH_SHIFT = 28
 
 # A tombstone pass forgets at most this many rows of a table in one transaction.
 PRUNE_ROWS = 2_000
 
 # So many vanished rows are taken note of at once.
 VANISHED_ROWS = 1_000
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaSettings:
-    """publish=False: no triggers, what the cluster says wins. group_rows: a group is closed once it holds that many
-    rows. max_transaction_bytes: a transaction larger than that is cut. tolerance_ms: how far a version may be ahead
-    of the stream's time (DESIGN 8)."""
-
-    node_id: int
-    publish: bool = True
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    group_rows: int = 512
-    max_transaction_bytes: int = 64 << 20
-    tolerance_ms: int = 60_000
-    tombstone_retention_ms: int = 90 * DAY_MS
-    boot_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,17 +66,9 @@ class Replica:
     def __init__(
         self, path: Path, settings: ReplicaSettings, now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000
     ) -> None:
-        self._path = path
         self._settings = settings
         self._now_ms = now_ms
-        self._state = State()
-        self._acknowledged = 0
-        self._noted: dict[str, Position] = {}
-        self._schema: Schema | None = None
-        self._numbers: Iterator[int] | None = None
-        self._lock_seconds = 0.0
-        self._server_ms = 0
-        self._instance_id = ""
+        self._database = Database(path, settings, now_ms, self._follow_schema)
         self._paused_tables = 0
 
     # -- life cycle
@@ -110,108 +79,40 @@ class Replica:
         Raises apsw.CantOpenError if there is no such file, apsw.BusyError if the application holds its lock,
         ForeignDatabaseError if a newer version of this program was here.
         """
-        self._writer = sql.open_writer(self._path)
-        try:
-            with self._transaction():
-                self._check_identity()
-                self._install()
-            self._reader = sql.open_reader(self._path)
-        except BaseException:
-            self._writer.close()
-            raise
+        self._database.open()
 
     def close(self) -> None:
         """Close both connections; what was not committed is undone."""
-        for name in ("_reader", "_writer"):
-            connection: apsw.Connection | None = getattr(self, name, None)
-            if connection is not None:
-                connection.close()
+        self._database.close()
 
-    def _check_identity(self) -> None:
-        self._instance_id = str(tables.get_meta(self._writer, "instance_id"))
-        node_id = self._settings.node_id
-        known = tables.get_meta(self._writer, "node_id")
-        if known is not None and known != node_id:
-            log.warning("node id changed since the last start", extra={"fields": {"from": known, "to": node_id}})
-        if known != node_id:
-            tables.set_meta(self._writer, "node_id", node_id)
-        # Group numbers must grow over restarts, restored backups and clocks that start in the past.
-        epoch = max(sql.integer(self._writer, tables.META_VALUE, ("epoch",)) + 1, self._now_ms() // 1000)
-        tables.set_meta(self._writer, "epoch", epoch)
-        self._numbers = count(epoch << EPOCH_SHIFT)
-        if tables.get_meta(self._writer, "boot_id") != self._settings.boot_id:
-            tables.set_meta(self._writer, "boot_id", self._settings.boot_id)
-            self._state = replace(self._state, boot_batch=self._state.batch)
+    @property
+    def _writer(self) -> apsw.Connection:
+        return self._database.writer
 
-    # -- the writer's transactions
+    @property
+    def _reader(self) -> apsw.Connection:
+        return self._database.reader
 
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """A write transaction, with the schema as it is now. Adds up how long the lock was held."""
-        before = replace(self._state)
-        with sql.write_transaction(self._writer):
-            started = time.perf_counter()
-            installed = False
-            try:
-                if self._schema is None:
-                    tables.create(self._writer)
-                    before = tables.load_state(self._writer)
-                    self._state = replace(before)
-                    self._acknowledged = max(self._acknowledged, before.published_batch)
-                if self._numbers is not None and self._is_stale():
-                    installed = True
-                    self._install()
-                if self._acknowledged > self._state.published_batch:
-                    self._state = replace(self._state, published_batch=self._acknowledged)
-                    versions.forget_joins(self._writer, self._acknowledged)
-                self._raise_floor()
-                noted = list(self._noted.values())
-                for position in noted:
-                    tables.save_position(self._writer, position)
-                yield
-                tables.save_state(self._writer, before, self._state)
-            except BaseException:
-                # The database goes back; so does all that this process believes of it.
-                self._state = before
-                if installed:
-                    self._schema = None
-                raise
-            finally:
-                self._lock_seconds += time.perf_counter() - started
-        for position in noted:
-            if self._noted.get(position.stream) is position:
-                del self._noted[position.stream]
+    @property
+    def _state(self) -> State:
+        return self._database.state
 
-    def _raise_floor(self) -> None:
-        if self._server_ms:
-            bounded = min(self._state.floor_ms, self._server_ms + self._settings.tolerance_ms)
-            self._state = replace(self._state, floor_ms=max(bounded, self._server_ms))
-
-    def _is_stale(self) -> bool:
-        return self._schema is None or schema_cookie(self._writer) != self._schema.cookie
-
-    def _install(self) -> None:
+    def _follow_schema(self, schema: Schema) -> None:
+        """Inside a transaction: build what depends on the schema, and try parked rows again if it changed."""
         settings = self._settings
-        wanted = install.Settings(settings.node_id, settings.publish, settings.include, settings.exclude)
-        assert self._numbers is not None
-        first = self._schema is None
-        found, self._state = install.install(self._writer, wanted, self._state)
-        if not first:
-            log.info("schema changed", extra={"fields": {"tables": len(found.tables)}})
-        self._schema = found
-        self._absorber = versions.Absorber(found, settings.node_id)
+        self._absorber = versions.Absorber(schema, settings.node_id)
         self._outbox = Outbox(
-            found,
+            schema,
             settings.node_id,
-            numbers=self._numbers,
+            numbers=self._database.numbers,
             group_rows=settings.group_rows,
             max_bytes=settings.max_transaction_bytes,
         )
-        self._applier = Applier(self._writer, found)
-        self._foreign_keys = orphans.load_foreign_keys(self._writer, found)
-        side_triggers.install(self._writer, frozenset(t.name for t in found.tables.values()))
-        if tables.get_meta(self._writer, "fingerprint") != found.fingerprint():
-            tables.set_meta(self._writer, "fingerprint", found.fingerprint())
+        self._applier = Applier(self._writer, schema)
+        self._foreign_keys = orphans.load_foreign_keys(self._writer, schema)
+        side_triggers.install(self._writer, frozenset(t.name for t in schema.tables.values()))
+        if tables.get_meta(self._writer, "fingerprint") != schema.fingerprint():
+            tables.set_meta(self._writer, "fingerprint", schema.fingerprint())
             self._retry_parked()
 
     def _retry_parked(self) -> None:
@@ -221,9 +122,8 @@ class Replica:
         self._finish(context)
 
     def _context(self) -> Context:
-        assert self._schema is not None
         return Context(
-            schema=self._schema,
+            schema=self.schema,
             recorder=Recorder(self._writer, self._now_ms()),
             publish=self._settings.publish,
             published=self._state.published_batch,
@@ -234,7 +134,7 @@ class Replica:
     def _finish(self, context: Context) -> None:
         context.recorder.trim()
         self._paused_tables = len(context.recorder.parked_tables)
-        self._state = replace(
+        self._database.state = replace(
             self._state,
             batch=context.batch if context.batch_used else self._state.batch,
             conflicts_total=self._state.conflicts_total + context.recorder.conflicts,
@@ -244,8 +144,9 @@ class Replica:
 
     @property
     def schema(self) -> Schema:
-        assert self._schema is not None, "open() first"
-        return self._schema
+        schema = self._database.schema
+        assert schema is not None, "open() first"
+        return schema
 
     @property
     def skipped(self) -> Sequence[Skipped]:
@@ -253,8 +154,7 @@ class Replica:
 
     def take_lock_seconds(self) -> float:
         """Writer. How long the write lock was held since the last call."""
-        held, self._lock_seconds = self._lock_seconds, 0.0
-        return held
+        return self._database.take_lock_seconds()
 
     @property
     def conflicts_total(self) -> int:
@@ -267,12 +167,12 @@ class Replica:
     @property
     def known_schema(self) -> Schema | None:
         """The schema as last installed; None before `open`, and after a failed write until the next one."""
-        return self._schema
+        return self._database.schema
 
     @property
     def instance_id(self) -> str:
         """Tells this database from all others with the same node id, except its copies."""
-        return self._instance_id
+        return self._database.instance_id
 
     @property
     def paused_tables(self) -> int:
@@ -285,15 +185,15 @@ class Replica:
 
     def pending(self) -> int:
         """Reader. Rows that are not acknowledged yet: absorbed ones, and changes still in the logs."""
-        schema = self._schema
+        schema = self._database.schema
         if schema is None:
             return 0
         # Not in one snapshot: the reader may be inside a pinned one.
-        return versions.count_pending(self._reader, schema, self._published()) + self.logged()
+        return versions.count_pending(self._reader, schema, self._database.published()) + self.logged()
 
     def logged(self) -> int:
         """Reader. Changes that are not absorbed yet."""
-        schema = self._schema
+        schema = self._database.schema
         return versions.count_logged(self._reader, schema) if schema and self._settings.publish else 0
 
     def parked(self) -> int:
@@ -312,7 +212,7 @@ class Replica:
 
     def log_vanished(self, name: str, keys: Sequence[Row]) -> None:
         """Writer. Have them absorbed as deletes, if they are still gone then."""
-        with self._transaction():
+        with self._database.transaction():
             table = self.schema.table(name)
             if table is not None and self._settings.publish:
                 for key in keys:
@@ -328,23 +228,25 @@ class Replica:
         """
         if not self.has_log():
             return 0
-        with self._transaction():
+        with self._database.transaction():
             return self._absorb(bound_ms, correction)[0]
 
     def has_log(self) -> bool:
         """Writer. Whether there is anything to absorb; takes no lock."""
-        return self._schema is None or (self._settings.publish and self._absorber.has_log(self._writer))
+        return self._database.schema is None or (self._settings.publish and self._absorber.has_log(self._writer))
 
     def _absorb(self, bound_ms: int | None, correction: Correction = NO_CORRECTION) -> tuple[int, bool]:
         if not self._settings.publish:
             return 0, True
         bound = versions.UNBOUNDED_MS if bound_ms is None else bound_ms
-        absorbed, self._state = self._absorber.absorb(self._writer, self._state, bound_ms=bound, correction=correction)
+        absorbed, self._database.state = self._absorber.absorb(
+            self._writer, self._state, bound_ms=bound, correction=correction
+        )
         return absorbed.rows, absorbed.drained
 
     def pending_at_most(self, after: int, limit: int) -> bool:
         """Writer. Whether no more than `limit` absorbed rows of batches after `after` are pending."""
-        after = max(after, self._published())
+        after = max(after, self._database.published())
         counted = 0
         for table in self.schema.tables.values():
             counted += versions.count_pending_up_to(self._writer, table, after, limit + 1 - counted)
@@ -361,7 +263,7 @@ class Replica:
         connection = self._writer if on_writer else self._reader
         connection.execute("BEGIN")
         try:
-            schema = self._schema
+            schema = self._database.schema
             clean = (
                 schema is not None
                 and schema_cookie(connection) == schema.cookie
@@ -373,7 +275,7 @@ class Replica:
         if not clean:
             _end(connection)
             return None
-        return self._outgoing(connection, max(after, self._published()))
+        return self._outgoing(connection, max(after, self._database.published()))
 
     def _outgoing(self, connection: apsw.Connection, after: int) -> Iterator[OutgoingGroup]:
         try:
@@ -390,11 +292,11 @@ class Replica:
     ) -> list[OutgoingGroup]:
         """Writer. Absorb and read about `limit` pending rows under the write lock: for an application that commits
         so fast that no snapshot with empty logs is ever seen. Empty: the log was too large, call again."""
-        with self._transaction():
+        with self._database.transaction():
             _, drained = self._absorb(bound_ms, correction)
             found: list[OutgoingGroup] = []
             if drained:
-                for group in self._outbox.groups(self._writer, max(after, self._published())):
+                for group in self._outbox.groups(self._writer, max(after, self._database.published())):
                     found.append(group)
                     if sum(len(each.group) for each in found) >= limit and not group.torn:
                         break
@@ -407,20 +309,17 @@ class Replica:
 
     def mark_published(self, through: int) -> None:
         """Any thread. The stream has everything up to batch `through`; durable with the next write transaction."""
-        self._acknowledged = max(self._acknowledged, through)
+        self._database.mark_published(through)
 
     def note_position(self, position: Position) -> None:
         """Any thread. A position that moved past nothing new; durable with the next write transaction."""
-        self._noted[position.stream] = position
+        self._database.note_position(position)
 
     def flush(self) -> None:
         """Writer. Make acknowledgements and noted positions durable now (before stopping)."""
-        if self._acknowledged > self._state.published_batch or self._noted:
-            with self._transaction():
+        if self._database.has_notes():
+            with self._database.transaction():
                 pass
-
-    def _published(self) -> int:
-        return max(self._state.published_batch, self._acknowledged)
 
     # -- applying
 
@@ -442,7 +341,7 @@ class Replica:
     ) -> Applied | None:
         """None: the change log was too large for one transaction; a piece of it was absorbed."""
         newest: list[int] = []
-        with self._transaction():
+        with self._database.transaction():
             if not self._absorb(bound_ms, correction)[1]:
                 return None
             context = self._context()
@@ -493,11 +392,11 @@ class Replica:
     def start_over(self, position: Position) -> None:
         """Writer. The log lost what this node may need others to have: everything is pending again, whoever wrote it,
         at the versions it has, and reading goes on at `position`. A mark is dropped when a newer version arrives."""
-        with self._transaction():
+        with self._database.transaction():
             batch = self._state.batch + 1
             for table in self.schema.tables.values():
                 versions.mark_all(self._writer, table, batch)
-            self._state = replace(self._state, batch=batch)
+            self._database.state = replace(self._state, batch=batch)
             tables.save_position(self._writer, position)
 
     # -- time
@@ -509,12 +408,10 @@ class Replica:
         lose to old ones. The first call, and then one an hour, writes; what the others say comes with the next
         write transaction.
         """
-        first = not self._server_ms
-        self._server_ms = server_ms
-        if not first and server_ms - self._state.floor_ms < HOUR_MS:
+        if not self._database.note_server_time(server_ms):
             return
         bound = server_ms + self._settings.tolerance_ms
-        with self._transaction():
+        with self._database.transaction():
             for table in self.schema.tables.values():
                 versions.clamp(
                     self._writer,
@@ -527,7 +424,7 @@ class Replica:
     def shift_clock(self, *, from_ms: int, to_ms: int, delta_ms: int) -> int:
         """Writer. This boot's clock was behind by `delta_ms` while it showed from_ms..to_ms: correct the times of
         what was written then and not yet acknowledged. Returns the number of versions changed."""
-        with self._transaction():
+        with self._database.transaction():
             while not self._absorb(None)[1]:
                 pass
             return sum(
@@ -546,7 +443,7 @@ class Replica:
     def prune_tombstones(self, server_ms: int) -> int:
         """Writer. Start the retention of tombstones that the cluster has, forget those past it. Only while connected:
         `server_ms` is the server's time, so that a wrong local clock prunes nothing. Returns how many are forgotten."""
-        with self._transaction():
+        with self._database.transaction():
             published = self._state.published_batch
             before = server_ms - self._settings.tombstone_retention_ms
             total = 0

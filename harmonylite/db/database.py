@@ -1,0 +1,181 @@
+"""The writer's connection and what this process believes of the database: our state, the schema as installed.
+
+One rule holds it together: whatever a transaction did not commit, this process does not believe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+
+import apsw
+
+from harmonylite.db import install, sql, tables, versions
+from harmonylite.db.schema import Schema, schema_cookie
+from harmonylite.db.tables import State
+from harmonylite.model import Position
+
+log = logging.getLogger(__name__)
+
+HOUR_MS = 3_600_000
+DAY_MS = 24 * HOUR_MS
+
+# A group's number: seconds since 1970 at the start, or one more than at the last start; then a counter.
+EPOCH_SHIFT = 28
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSettings:
+    """publish=False: no triggers, what the cluster says wins. group_rows: a group is closed once it holds that many
+    rows. max_transaction_bytes: a transaction larger than that is cut. tolerance_ms: how far a version may be ahead
+    of the stream's time (DESIGN 8). boot_id: tells this boot of the machine from others."""
+
+    node_id: int
+    publish: bool = True
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    group_rows: int = 512
+    max_transaction_bytes: int = 64 << 20
+    tolerance_ms: int = 60_000
+    tombstone_retention_ms: int = 90 * DAY_MS
+    boot_id: str = ""
+
+
+class Database:
+    """Owns both connections, the state and the schema. `on_schema` is called inside the transaction that installed
+    capture for a schema, before anything else happens in it."""
+
+    def __init__(
+        self, path: Path, settings: ReplicaSettings, now_ms: Callable[[], int], on_schema: Callable[[Schema], None]
+    ) -> None:
+        self._path = path
+        self._settings = settings
+        self._now_ms = now_ms
+        self._on_schema = on_schema
+        self._loaded = False
+        self._acknowledged = 0
+        self._noted: dict[str, Position] = {}
+        self._server_ms = 0
+        self._lock_seconds = 0.0
+        self.state = State()
+        self.schema: Schema | None = None
+        self.instance_id = ""
+        self.numbers: Iterator[int] = iter(())
+
+    def open(self) -> None:
+        """See Replica.open."""
+        self.writer = sql.open_writer(self._path)
+        try:
+            with self.transaction():
+                pass
+            self.reader = sql.open_reader(self._path)
+        except BaseException:
+            self.writer.close()
+            raise
+
+    def close(self) -> None:
+        for name in ("reader", "writer"):
+            connection: apsw.Connection | None = getattr(self, name, None)
+            if connection is not None:
+                connection.close()
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """A write transaction, with the schema as it is now. Adds up how long the lock was held."""
+        state, schema, loaded = self.state, self.schema, self._loaded
+        noted: list[Position] = []
+        try:
+            with sql.write_transaction(self.writer):
+                started = time.perf_counter()
+                try:
+                    self._prepare()
+                    noted = list(self._noted.values())
+                    for position in noted:
+                        tables.save_position(self.writer, position)
+                    yield
+                    tables.save_state(self.writer, self._stored, self.state)
+                finally:
+                    self._lock_seconds += time.perf_counter() - started
+        except BaseException:
+            self.state, self._loaded = state, loaded
+            if self.schema is not schema:
+                self.schema = None  # TEMP triggers went back with the transaction, too: all is installed again
+            raise
+        for position in noted:
+            if self._noted.get(position.stream) is position:
+                del self._noted[position.stream]
+
+    def _prepare(self) -> None:
+        """What every transaction begins with."""
+        if not self._loaded:
+            tables.create(self.writer)
+            self.state = tables.load_state(self.writer)
+            self._acknowledged = max(self._acknowledged, self.state.published_batch)
+            self._stored = self.state
+            self._identify()
+            self._loaded = True
+        else:
+            self._stored = self.state
+        if self.schema is None or schema_cookie(self.writer) != self.schema.cookie:
+            self._install()
+        if self._acknowledged > self.state.published_batch:
+            self.state = replace(self.state, published_batch=self._acknowledged)
+            versions.forget_joins(self.writer, self._acknowledged)
+        if self._server_ms:
+            bounded = min(self.state.floor_ms, self._server_ms + self._settings.tolerance_ms)
+            self.state = replace(self.state, floor_ms=max(bounded, self._server_ms))
+
+    def _identify(self) -> None:
+        """Whose database this is, in which boot of the machine, and how groups are numbered."""
+        self.instance_id = str(tables.get_meta(self.writer, "instance_id"))
+        node_id = self._settings.node_id
+        known = tables.get_meta(self.writer, "node_id")
+        if known is not None and known != node_id:
+            log.warning("node id changed since the last start", extra={"fields": {"from": known, "to": node_id}})
+        if known != node_id:
+            tables.set_meta(self.writer, "node_id", node_id)
+        # Group numbers must grow over restarts, restored backups and clocks that start in the past.
+        epoch = max(sql.integer(self.writer, tables.META_VALUE, ("epoch",)) + 1, self._now_ms() // 1000)
+        tables.set_meta(self.writer, "epoch", epoch)
+        self.numbers = count(epoch << EPOCH_SHIFT)
+        if tables.get_meta(self.writer, "boot_id") != self._settings.boot_id:
+            tables.set_meta(self.writer, "boot_id", self._settings.boot_id)
+            self.state = replace(self.state, boot_batch=self.state.batch)
+
+    def _install(self) -> None:
+        settings = self._settings
+        wanted = install.Settings(settings.node_id, settings.publish, settings.include, settings.exclude)
+        known = self.schema
+        self.schema, self.state = install.install(self.writer, wanted, self.state)
+        if known is not None:
+            log.info("schema changed", extra={"fields": {"tables": len(self.schema.tables)}})
+        self._on_schema(self.schema)
+
+    def published(self) -> int:
+        """Batches up to this one were acknowledged, durably or not yet."""
+        return max(self.state.published_batch, self._acknowledged)
+
+    def mark_published(self, through: int) -> None:
+        self._acknowledged = max(self._acknowledged, through)
+
+    def note_position(self, position: Position) -> None:
+        self._noted[position.stream] = position
+
+    def has_notes(self) -> bool:
+        """Whether an acknowledgement or a position is known that the database does not have."""
+        return self._acknowledged > self.state.published_batch or bool(self._noted)
+
+    def note_server_time(self, server_ms: int) -> bool:
+        """Returns whether that is worth a transaction: it is the first time, or the stored floor is an hour old."""
+        first = not self._server_ms
+        self._server_ms = server_ms
+        return first or server_ms - self.state.floor_ms >= HOUR_MS
+
+    def take_lock_seconds(self) -> float:
+        held, self._lock_seconds = self._lock_seconds, 0.0
+        return held
