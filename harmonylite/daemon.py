@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -57,8 +59,13 @@ DAY_MS = 86_400_000
 def run(config: Config) -> int:
     """Run until SIGTERM or SIGINT. Returns the exit code."""
     logs.setup(verbose=config.logging.verbose, format=config.logging.format)  # type: ignore[arg-type]
+    daemon = Daemon(config)
     try:
-        return asyncio.run(Daemon(config).main())
+        code = asyncio.run(daemon.main())
+        if daemon.start_again:
+            # The same process begins anew, as a supervisor sees it: nothing of the old file is left in it.
+            os.execv(sys.executable, sys.orig_argv)
+        return code
     except AlreadyRunning as error:
         log.error("not started", extra={"fields": {"reason": str(error)}})
         return 1
@@ -80,7 +87,7 @@ class Daemon:
         self._wakeup = Wakeup()
         self._opened = asyncio.Event()
         self._stop = asyncio.Event()
-        self._finished = asyncio.Event()
+        self.start_again = False
         self._server = None if config.external else BundledServer(ServerSettings.from_config(config))
         self._connection = Connection(ClientSettings.from_config(config), self._urls)
         self._registry: Registry | None = None
@@ -133,7 +140,7 @@ class Daemon:
     async def _work(self) -> int:
         opening = asyncio.create_task(self._open())
         replicating = asyncio.create_task(self._replicate())
-        keeping = asyncio.create_task(self._housekeeper.run(self._opened))
+        keeping = asyncio.create_task(self._housekeeper.run(self._opened, self._on_replaced))
         sleeping = asyncio.create_task(self._fall_asleep())
         tasks = [opening, replicating, keeping, sleeping]
         try:
@@ -181,6 +188,7 @@ class Daemon:
         deadline = time.monotonic() + LAST_CALL_S
         while (
             self._config.publish
+            and not self.start_again
             and self._opened.is_set()
             and self._connection.connected
             and time.monotonic() < deadline
@@ -227,6 +235,12 @@ class Daemon:
             logs.setup(verbose=fresh.logging.verbose, format=fresh.logging.format)  # type: ignore[arg-type]
             log.info("configuration reloaded: logging")
         self._notifier.ready(summary(self._reporter.current()))
+
+    def _on_replaced(self) -> None:
+        """Somebody put another file in the database's place, a restored backup for instance."""
+        log.warning("the database file was replaced; starting again with the new one")
+        self.start_again = True
+        self._stop.set()
 
     def _on_commit(self) -> None:
         self._housekeeper.touched = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 
 from harmonylite.config import Config
 from harmonylite.engine import Engine
@@ -30,6 +31,7 @@ class Housekeeper:
     def __init__(
         self, config: Config, engine: Engine, connection: Connection, reporter: Reporter, notifier: Notifier
     ) -> None:
+        self._db_path = config.db_path
         self._interval_s = config.cleanup_interval / 1000
         self._engine = engine
         self._connection = connection
@@ -53,6 +55,21 @@ class Housekeeper:
         while True:
             await self._engine.check_clock()
             await asyncio.sleep(CLOCK_S)
+
+    async def _watch_file(self, opened: asyncio.Event, on_replaced: Callable[[], None]) -> None:
+        await opened.wait()
+        first = self._file_id()
+        while self._file_id() == first:
+            await asyncio.sleep(CLOCK_S)
+        on_replaced()
+        await asyncio.Event().wait()
+
+    def _file_id(self) -> tuple[int, int] | None:
+        try:
+            status = self._db_path.stat()
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
 
     async def _feed_watchdog(self, interval_s: float, opened: asyncio.Event) -> None:
         """Only while the database answers, once it was opened: a daemon that hangs on it is started again."""
