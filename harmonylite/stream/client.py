@@ -159,7 +159,7 @@ class Connection:
 
         async def on_error(error: Exception) -> None:
             if client.is_connected:
-                self._refused(self._explain(error, endpoint, client), error)
+                self._refused(self._explain(error, endpoint), error)
             errors.append(error)
 
         async def on_closed() -> None:
@@ -178,14 +178,14 @@ class Connection:
             self._failed(str(error))
         except Exception as error:
             cause = errors[-1] if errors and isinstance(error, nats.errors.NoServersError) else error
-            self._failed(self._explain(cause, endpoint, client))
+            self._failed(self._explain(cause, endpoint, verified=client.wants_certificate))
         else:
             return client
         self._learn(client, endpoint)
         await _abandon(client)
         return None
 
-    async def _use(self, client: _Client, endpoint: Endpoint) -> None:
+    async def _use(self, client: Client, endpoint: Endpoint) -> None:
         """From a successful connect to the loss."""
         self._client, self._endpoint = client, endpoint
         self._last_error, self._offline_since = None, None
@@ -208,7 +208,7 @@ class Connection:
             log.warning("connection to NATS lost", extra={"fields": {"server": endpoint.address, "error": why}})
             await self._tell(self._on_disconnect)
 
-    async def _watch(self, client: _Client, endpoint: Endpoint) -> str:
+    async def _watch(self, client: Client, endpoint: Endpoint) -> str:
         """Wait for the loss, asking the server now and then whether it lives; returns what happened.
 
         The library's own pings are of no use on a half-open link: it would then wait, without a limit, for what
@@ -229,17 +229,17 @@ class Connection:
                 if not self._lost.is_set():
                     return f"{endpoint.address} did not answer for {timeout:g} s"
         error = client.last_error
-        return self._explain(error, endpoint, client) if error else f"{endpoint.address} closed the connection"
+        return self._explain(error, endpoint) if error else f"{endpoint.address} closed the connection"
 
     # Reports
 
-    def _explain(self, error: BaseException, endpoint: Endpoint, client: _Client) -> str:
+    def _explain(self, error: BaseException, endpoint: Endpoint, *, verified: bool = False) -> str:
         settings = self._settings
         means = Means(
             has_login=bool(endpoint.token or endpoint.user or settings.user_name or settings.seed_file),
             has_certificate=bool(settings.cert_file),
             has_ca=bool(settings.ca_file),
-            verified=client.wants_certificate,
+            verified=verified,
         )
         return explain(error, endpoint, means)
 

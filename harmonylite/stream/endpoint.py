@@ -68,7 +68,8 @@ def parse_endpoint(url: str) -> Endpoint:
 @dataclass(frozen=True, slots=True)
 class Means:
     """What a connection had to offer: has_login: a user, token or key; has_certificate: one for the client;
-    has_ca: an authority to check the server's with; verified: the server asks for a client certificate.
+    has_ca: an authority to check the server's with; verified: the server asks for a client certificate, and has not
+    accepted one yet.
     """
 
     has_login: bool
@@ -82,7 +83,8 @@ def explain(error: BaseException, endpoint: Endpoint, means: Means) -> str:
     where = endpoint.address
     text = " ".join(str(error).removeprefix("nats: ").split()).strip("'")
     certificate_error = isinstance(error, ssl.SSLCertVerificationError)
-    if means.verified and not certificate_error and isinstance(error, (ssl.SSLError, ConnectionResetError)):
+    hung_up = isinstance(error, (ssl.SSLError, ConnectionError, nats.errors.UnexpectedEOF))
+    if means.verified and hung_up and not certificate_error:
         # TLS 1.3 lets a client begin before it is checked: a refusal may arrive as no more than a closed connection.
         what = (
             "does not accept our client certificate: check"

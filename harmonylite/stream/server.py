@@ -224,7 +224,6 @@ class BundledServer:
         self._plan = plan
         said = ServerLog(dials=plan.shape in ("leaf", "cluster"))
         child = await spawn(server_command(prepared.binary, settings), server_environment(plan.memory_limit))
-        remove_ports_files(settings.data_dir, child.pid)  # of an earlier process with the same id
         self._change(pid=child.pid, storage_error=None, link_error=None)
         reading = asyncio.create_task(self._read_output(child, said))
         ended = asyncio.create_task(child.wait())

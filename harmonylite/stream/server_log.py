@@ -64,6 +64,7 @@ class ServerLog:
         self.link_error: str | None = None
         self._dialled: str | None = None
         self._link_was_up = False
+        self._link_explained = False
         self._rest = b""
         self._crashed = False
         self._reported: dict[str, float] = {}
@@ -108,13 +109,13 @@ class ServerLog:
     def _follow_link(self, text: str) -> bool:
         """Our own connection to a hub or peer comes up or goes: True if it went."""
         if match := _DIALLED.search(text):
-            self._dialled, self._link_was_up = match[1], False
+            self._dialled, self._link_was_up, self._link_explained = match[1], False, False
         elif _LINK_UP.search(text):
             self.link_error, self._link_was_up = None, True
         elif (match := _HUNG_UP.search(text)) and match[1] == self._dialled and match[2] != "Server Shutdown":
             if self._link_was_up:
                 self.link_error = f"the connection to the hub was lost ({match[2]})"
-            elif self.link_error is None:  # else the hub said why
+            elif not self._link_explained:
                 self.link_error = (
                     f"the hub closes each connection without a word ({match[2]}): it may want a client certificate "
                     "or a login ([nats] cert_file, seed_file, user_name)"
@@ -133,7 +134,7 @@ class ServerLog:
         elif _DAMAGED.search(text) and not self.disk_full:
             self.storage_error = text
         if self._dials and level == logging.ERROR and _LINK.search(text) and not _REFUSED_BY_US.search(text):
-            self.link_error = _explain_link(text)
+            self.link_error, self._link_explained = _explain_link(text), True
 
     def _is_repeated(self, text: str) -> bool:
         """Was the same, but for numbers in it, logged within the last minute?"""

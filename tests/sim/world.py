@@ -175,6 +175,7 @@ class World:
         """Whether anything was applied or published."""
         node.connect()
         busy = node.consume()
+        busy = node.publish(1_000_000) or busy
         node.collect("reader")
         busy = node.publish(1_000_000) or busy
         return node.consume() or busy

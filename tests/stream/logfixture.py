@@ -61,14 +61,23 @@ class Server:
     def kill(self) -> None:
         """As a power cut does it, except that what was written stays."""
         if self._process is not None:
-            self.signal(signal.SIGCONT)
             self._process.kill()
             self._process.wait()
             self._process = None
 
-    def signal(self, number: int) -> None:
+    def freeze(self) -> None:
+        """Returns when every thread has stopped: the signal alone may let it answer once more."""
         assert self._process is not None
-        self._process.send_signal(number)
+        self._process.send_signal(signal.SIGSTOP)
+        tasks = Path(f"/proc/{self._process.pid}/task")
+        deadline = time.monotonic() + 20
+        while any(task.read_text().rpartition(")")[2].split()[0] != "T" for task in tasks.glob("*/stat")):
+            assert time.monotonic() < deadline, "the server does not stop"
+            time.sleep(0.01)
+
+    def thaw(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
 
 
 def jetstream(folder: Path) -> str:
@@ -185,6 +194,13 @@ def group(number: int, publisher: int = 7, *, blob: bytes = b"x") -> Group:
 def payload(number: int, publisher: int = 7, *, size: int = 1) -> bytes:
     """The encoded group; its row has `size` bytes that do not compress."""
     return wire.encode_group(group(number, publisher, blob=os.urandom(size)), compress=False)
+
+
+def whole(number: int, publisher: int = 7, *, max_ts: int = 0) -> bytes:
+    """One group as one message."""
+    content = payload(number, publisher)
+    (part,) = wire.split(content, publisher=publisher, number=number, max_ts=max_ts, max_bytes=10_000)
+    return part
 
 
 def subject(publisher: int, settings: LogSettings = SETTINGS) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -201,7 +200,7 @@ def test_no_answer_and_no_connection(tmp_path: Path) -> None:
             hasty, patient = Publisher(connection, SETTINGS, timeout_s=0.3), Publisher(connection, SETTINGS)
             await hasty.publish(1, b"x", 0)
             await patient.publish(2, b"x", 0)
-            server.signal(signal.SIGSTOP)
+            server.freeze()
             waiting = asyncio.create_task(patient.publish(3, b"x", 0))
             with pytest.raises(PublishFailed, match="no acknowledgement"):
                 await hasty.publish(4, b"x", 0)
@@ -209,7 +208,7 @@ def test_no_answer_and_no_connection(tmp_path: Path) -> None:
             patient.connection_lost()
             with pytest.raises(PublishFailed, match="connection was lost"):
                 await waiting
-            server.signal(signal.SIGCONT)
+            server.thaw()
             # Both are stored all the same, which the caller cannot know.
             assert (await patient.publish(5, b"x", 0)).sequences == (5,)
             assert [patient.is_own(STREAM, sequence, number) for sequence, number in ((3, 3), (5, 5))] == [False, True]
