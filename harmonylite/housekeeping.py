@@ -39,9 +39,11 @@ class Housekeeper:
         self._notifier = notifier
         self.touched = True
 
-    async def run(self, opened: asyncio.Event) -> None:
+    async def run(self, opened: asyncio.Event, on_replaced: Callable[[], None]) -> None:
+        """For ever. on_replaced: called once when the database's path leads to another file than at `opened`."""
         jobs = [
             self._watch_clock(opened),
+            self._watch_file(opened, on_replaced),
             self._keep_house(opened),
             self._forget_tombstones(opened),
             self._audit(opened),
