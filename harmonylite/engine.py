@@ -19,7 +19,7 @@ import apsw
 
 from harmonylite import clock, wire
 from harmonylite.db.outbox import OutgoingGroup
-from harmonylite.db.replica import Applied, Replica, newest_ms
+from harmonylite.db.replica import Applied, Pinned, Replica, newest_ms
 from harmonylite.db.versions import Correction
 from harmonylite.model import Delivery, Position
 from harmonylite.observe.log import Repeated
@@ -176,9 +176,8 @@ class Engine:
 
     def _let_go(self) -> None:
         snapshot, self._snapshot = self._snapshot, None
-        close = getattr(snapshot, "close", None)
-        if close is not None:
-            close()
+        if isinstance(snapshot, Pinned):
+            snapshot.close()
 
     def _pack(self, group: OutgoingGroup) -> Packed:
         payload = wire.encode_group(group.group, compress=self._compress)
@@ -267,7 +266,7 @@ class Engine:
                     from_ms=self.time.boot_started_ms, to_ms=clock.wall_ms(), delta_ms=moved
                 )
             )
-        await self.write(lambda: self.replica.server_time(server_ms))
+        await self.write(lambda: self.replica.server_time(server_ms, self.time.correction))
 
     async def check_clock(self) -> None:
         """Correct what was written before the wall clock was set."""

@@ -19,8 +19,9 @@ from harmonylite.db.sql import PREFIX, integer, log_table, normal, quote, rows, 
 # The `op` column of a change log.
 WRITTEN, DELETED, MAYBE_EVICTED = 1, 2, 3
 
-# Milliseconds since 1970 by the application's clock.
-NOW_MS = "CAST((julianday('now')-2440587.5)*86400000 AS INTEGER)"
+# Milliseconds since 1970 by the application's clock. SQLite has whole milliseconds, but hands them out as a fraction
+# of a day: rounded, not cut off.
+NOW_MS = "CAST((julianday('now')-2440587.5)*86400000+0.5 AS INTEGER)"
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,7 @@ from harmonylite.model import Position
 
 log = logging.getLogger(__name__)
 
-HOUR_MS = 3_600_000
-DAY_MS = 24 * HOUR_MS
+DAY_MS = 86_400_000
 
 # A group's number: seconds since 1970 at the start, or one more than at the last start; then a counter.
 EPOCH_SHIFT = 28
@@ -60,7 +59,6 @@ class Database:
         self._loaded = False
         self._acknowledged = 0
         self._noted: dict[str, Position] = {}
-        self._server_ms = 0
         self._lock_seconds = 0.0
         self.state = State()
         self.schema: Schema | None = None
@@ -126,9 +124,6 @@ class Database:
         if self._acknowledged > self.state.published_batch:
             self.state = replace(self.state, published_batch=self._acknowledged)
             versions.forget_joins(self.writer, self._acknowledged)
-        if self._server_ms:
-            bounded = min(self.state.floor_ms, self._server_ms + self._settings.tolerance_ms)
-            self.state = replace(self.state, floor_ms=max(bounded, self._server_ms))
 
     def _identify(self) -> None:
         """Whose database this is, in which boot of the machine, and how groups are numbered."""
@@ -170,11 +165,11 @@ class Database:
         """Whether an acknowledgement or a position is known that the database does not have."""
         return self._acknowledged > self.state.published_batch or bool(self._noted)
 
-    def note_server_time(self, server_ms: int) -> bool:
-        """Returns whether that is worth a transaction: it is the first time, or the stored floor is an hour old."""
-        first = not self._server_ms
-        self._server_ms = server_ms
-        return first or server_ms - self.state.floor_ms >= HOUR_MS
+    def raise_floor(self, server_ms: int) -> None:
+        """Inside a transaction that has emptied the change logs: what is written from now on was written after
+        `server_ms`. Rows that are still in a log were written earlier, and must not be lifted to it."""
+        bounded = min(self.state.floor_ms, server_ms + self._settings.tolerance_ms)
+        self.state = replace(self.state, floor_ms=max(bounded, server_ms))
 
     def take_lock_seconds(self) -> float:
         held, self._lock_seconds = self._lock_seconds, 0.0

@@ -42,6 +42,8 @@ __all__ = ["Applied", "Replica", "ReplicaSettings", "newest_ms"]
 
 log = logging.getLogger(__name__)
 
+HOUR_MS = 3_600_000
+
 # A tombstone pass forgets at most this many rows of a table in one transaction.
 PRUNE_ROWS = 2_000
 
@@ -60,6 +62,31 @@ class Applied:
     newest_ms: tuple[int, ...]
 
 
+class Pinned:
+    """Groups of one snapshot, which lasts until the last of them was read, or until `close`.
+
+    Not a generator: one that was never advanced would not let go when closed.
+    """
+
+    def __init__(self, connection: apsw.Connection, groups: Iterator[OutgoingGroup]) -> None:
+        self._connection = connection
+        self._groups = groups
+
+    def __iter__(self) -> Pinned:
+        return self
+
+    def __next__(self) -> OutgoingGroup:
+        try:
+            return next(self._groups)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of the snapshot."""
+        _end(self._connection)
+
+
 class Replica:
     """See the module. `now_ms` dates entries of the conflict log; it decides nothing."""
 
@@ -70,6 +97,7 @@ class Replica:
         self._now_ms = now_ms
         self._database = Database(path, settings, now_ms, self._follow_schema)
         self._paused_tables = 0
+        self._clamped = False
 
     # -- life cycle
 
@@ -254,7 +282,7 @@ class Replica:
                 return False
         return True
 
-    def outgoing(self, after: int = 0, *, on_writer: bool = False) -> Iterator[OutgoingGroup] | None:
+    def outgoing(self, after: int = 0, *, on_writer: bool = False) -> Pinned | None:
         """Reader (or writer). Pending groups of one pinned snapshot, read as the iterator advances; close it to let go.
 
         after: batches up to this one were read before. None: the change logs were not empty in the snapshot, or the
@@ -275,13 +303,7 @@ class Replica:
         if not clean:
             _end(connection)
             return None
-        return self._outgoing(connection, max(after, self._database.published()))
-
-    def _outgoing(self, connection: apsw.Connection, after: int) -> Iterator[OutgoingGroup]:
-        try:
-            yield from self._outbox.groups(connection, after)
-        finally:
-            _end(connection)
+        return Pinned(connection, self._outbox.groups(connection, max(after, self._database.published())))
 
     def outgoing_locked(
         self,
@@ -401,25 +423,35 @@ class Replica:
 
     # -- time
 
-    def server_time(self, server_ms: int) -> None:
+    def server_time(self, server_ms: int, correction: Correction = NO_CORRECTION) -> None:
         """Writer. The server's time is known: nothing written here may claim to be later than that (DESIGN 8).
 
         The floor becomes at least the server's time, so that a clock that starts in the past cannot make new writes
-        lose to old ones. The first call, and then one an hour, writes; what the others say comes with the next
-        write transaction.
+        lose to old ones. What was written before keeps its time: it is absorbed first. After the first call, only
+        one an hour does anything.
         """
-        if not self._database.note_server_time(server_ms):
+        if self._clamped and server_ms - self._state.floor_ms < HOUR_MS:
             return
         bound = server_ms + self._settings.tolerance_ms
+        while not self._clamp(server_ms, bound, correction):
+            pass
+        self._clamped = True
+
+    def _clamp(self, server_ms: int, bound_ms: int, correction: Correction) -> bool:
+        """False: the change log was too large for one transaction; a piece of it was absorbed."""
         with self._database.transaction():
+            if not self._absorb(bound_ms, correction)[1]:
+                return False
             for table in self.schema.tables.values():
                 versions.clamp(
                     self._writer,
                     table,
                     node_id=self._settings.node_id,
                     published=self._state.published_batch,
-                    bound_ms=bound,
+                    bound_ms=bound_ms,
                 )
+            self._database.raise_floor(server_ms)
+            return True
 
     def shift_clock(self, *, from_ms: int, to_ms: int, delta_ms: int) -> int:
         """Writer. This boot's clock was behind by `delta_ms` while it showed from_ms..to_ms: correct the times of

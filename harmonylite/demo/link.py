@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+_HOST = "127.0.0.1"
 # How long the far side may take to answer before the visitor is sent away.
 _CONNECT_TIMEOUT_S = 5.0
 
@@ -14,61 +15,65 @@ _CONNECT_TIMEOUT_S = 5.0
 class Link:
     """Passes TCP connections from `port` on to `far_port`, both on 127.0.0.1, until it is cut.
 
-    While it is cut, connections end as soon as they begin. A thread per connection and direction: there is one
-    connection.
+    While it is cut, nobody listens at `port`. A thread per connection and direction: there is one connection.
     """
 
     def __init__(self, far_port: int) -> None:
-        self._far = ("127.0.0.1", far_port)
+        self._far_port = far_port
         self._lock = threading.Lock()
         self._ends: set[socket.socket] = set()
-        self._up = True
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
-        self._thread(self._accept)
+        # Never listens, but keeps the port ours while the link is cut; whence SO_REUSEPORT, socket(7).
+        self._reserved = socket.socket()
+        self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        self._reserved.bind((_HOST, 0))
+        self.port: int = self._reserved.getsockname()[1]
+        self._listener: socket.socket | None = None
+        self.mend()
 
     def cut(self) -> None:
         """End every connection and let no other begin."""
         with self._lock:
-            self._up = False
+            listener, self._listener = self._listener, None
             for end in self._ends:
                 _shut(end)
+        if listener is not None:
+            _shut(listener)  # wakes the thread in accept(), which close() alone would not
+            listener.close()
 
     def mend(self) -> None:
         """Let connections through again."""
         with self._lock:
-            self._up = True
+            if self._listener is None:
+                self._listener = socket.create_server((_HOST, self.port), reuse_port=True)
+                _thread(self._accept, self._listener)
 
     def close(self) -> None:
         """Cut it for good and give the port back."""
         self.cut()
-        _shut(self._listener)  # wakes the thread in accept(); close() alone would not
-        self._listener.close()
+        self._reserved.close()
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self._listener.accept()
-            except OSError:  # closed
-                return
-            self._thread(self._serve, near)
+    def _accept(self, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                near, _ = listener.accept()
+                _thread(self._serve, listener, near)
 
-    def _serve(self, near: socket.socket) -> None:
+    def _serve(self, listener: socket.socket, near: socket.socket) -> None:
         """One connection, from beginning to end."""
         with near, contextlib.suppress(OSError):
-            far = socket.create_connection(self._far, _CONNECT_TIMEOUT_S)
+            far = socket.create_connection((_HOST, self._far_port), _CONNECT_TIMEOUT_S)
             far.settimeout(None)
-            with far, self._counted(near, far) as passes:
+            with far, self._counted(listener, near, far) as passes:
                 if passes:
-                    back = self._thread(_pump, far, near)
+                    back = _thread(_pump, far, near)
                     _pump(near, far)
                     back.join()
 
     @contextlib.contextmanager
-    def _counted(self, *ends: socket.socket) -> Iterator[bool]:
-        """Among those that `cut` ends. Yields False if it did already."""
+    def _counted(self, listener: socket.socket, *ends: socket.socket) -> Iterator[bool]:
+        """Among those that `cut` ends. Yields False if it came before."""
         with self._lock:
-            passes = self._up
+            passes = listener is self._listener
             self._ends.update(ends)
         try:
             yield passes
@@ -76,11 +81,11 @@ class Link:
             with self._lock:
                 self._ends.difference_update(ends)
 
-    @staticmethod
-    def _thread(run: object, *arguments: object) -> threading.Thread:
-        thread = threading.Thread(target=run, args=arguments, name="link", daemon=True)  # type: ignore[arg-type]
-        thread.start()
-        return thread
+
+def _thread(run: Callable[..., None], *arguments: socket.socket) -> threading.Thread:
+    thread = threading.Thread(target=run, args=arguments, name="link", daemon=True)
+    thread.start()
+    return thread
 
 
 def _pump(source: socket.socket, sink: socket.socket) -> None:

@@ -283,6 +283,8 @@ def _differences(config: Mapping[str, Any], wanted: Mapping[str, object]) -> dic
     """The settings in `config` that are not as wanted, except what its server does not know."""
     level = int((config.get("metadata") or {}).get("_nats.level", 0))
     unknown = {"allow_atomic"} if level < ATOMIC_API_LEVEL else set()
+    # The bound by size comes from the disk of whoever made the stream, and is not the same on two machines.
+    unknown.add("max_bytes")
     return {key: config.get(key) for key in wanted if key not in unknown and config.get(key) != wanted[key]}
 
 
