@@ -154,6 +154,11 @@ class Fleet:
         for node in self.nodes:
             node.start()
 
+    def check(self) -> None:
+        """Raises DemoFailed if a daemon has ended by itself."""
+        for node in self.nodes:
+            node.check()
+
     def reached(self, condition: Callable[[], bool], patience_s: float = PATIENCE_S) -> float | None:
         """Wait for `condition`: the seconds it took, None if it is not met in time. Raises DemoFailed for a daemon
         that ended.
@@ -162,8 +167,7 @@ class Fleet:
         while not condition():
             if time.monotonic() - begun > patience_s:
                 return None
-            for node in self.nodes:
-                node.check()
+            self.check()
             time.sleep(_POLL_S)
         return time.monotonic() - begun
 
