@@ -19,7 +19,7 @@ from harmonylite.observe.log import Repeated
 from harmonylite.stream.consumer import Consumer, GapFound
 from harmonylite.stream.log import LogError, LogSettings, StreamState, ensure_streams, stream_state
 from harmonylite.stream.publisher import Publisher, PublishFailed
-from harmonylite.tasks import run_together
+from harmonylite.tasks import run_together, wait_first
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +61,8 @@ class Wakeup:
 
     async def wait(self, timeout_s: float | None) -> bool:
         """Wait for a commit (True), or for the time to pass (False)."""
-        try:
-            await asyncio.wait_for(self._event.wait(), timeout_s)
-        except asyncio.TimeoutError:
+        # Not wait_for: until Python 3.12 it swallows a cancellation that comes just after a commit, and SIGTERM hangs.
+        if not await wait_first(self._event, timeout_s=timeout_s):
             return False
         self._event.clear()  # not when cancelled: the next one to wait must see it
         return True

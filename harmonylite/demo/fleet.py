@@ -103,12 +103,12 @@ class Node:
         if self._daemon is not None and self._daemon.poll() is None:
             self._daemon.terminate()
 
-    def wait_stopped(self) -> None:
-        """Wait until the daemon is gone, by force after some seconds. Its nats-server is gone with it."""
+    def wait_stopped(self, deadline: float) -> None:
+        """Wait until the daemon is gone, by force after `deadline` (monotonic seconds). It ends its nats-server."""
         if self._daemon is None:
             return
         try:
-            self._daemon.wait(_STOP_S)
+            self._daemon.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             self._daemon.kill()
             self._daemon.wait()
@@ -185,8 +185,9 @@ class Fleet:
         """End every process."""
         for node in self.nodes:
             node.ask_to_stop()
+        deadline = time.monotonic() + _STOP_S
         for node in self.nodes:
-            node.wait_stopped()
+            node.wait_stopped(deadline)
         self._link.close()
 
     def remove(self) -> None:

@@ -316,7 +316,7 @@ def compare(screen: Screen, contents: dict[str, Content], expected: Content) -> 
     if len(set(contents.values())) == 1:
         what = "NOT AS WRITTEN: the databases are identical, but something that was written is missing."
     else:
-        what = f"NOT IDENTICAL: {' and '.join(wrong)} differ from what was written."
+        what = f"NOT IDENTICAL: other than what was written: {', '.join(wrong)}."
     screen.verdict(what, good=False)
     return False
 
