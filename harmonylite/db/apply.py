@@ -14,6 +14,7 @@ import apsw
 
 from harmonylite.db.capture import collate, key_columns
 from harmonylite.db.resolve import MISFIT, Context, Resolver
+from harmonylite.db.rows import identity
 from harmonylite.db.schema import KeyColumn, Schema, Table
 from harmonylite.db.sql import columns_sql, normal, quote, version_table
 from harmonylite.model import Group, Row, Stamp, TableChanges, Version
@@ -42,7 +43,7 @@ class _Statements:
             " base_ts = excluded.base_ts, base_node = excluded.base_node, deleted = excluded.deleted,"
             " batch = NULL, settled_ms = NULL"
             " WHERE (excluded.ts, excluded.node, excluded.rank) > (v.ts, v.node, v.rank)"
-            " AND (v.deleted OR (v.ts, v.node) <= (excluded.base_ts, excluded.base_node))"
+            " AND (v.deleted OR v.node = excluded.node OR (v.ts, v.node) <= (excluded.base_ts, excluded.base_node))"
         )
         # RETURNING costs more than all the rest: only where some rows do not win.
         self.compare = f"{self.store} RETURNING ?{width + 7}"
@@ -87,19 +88,18 @@ class Applier:
             statements = self._statements.get(normal(changes.table))
             if statements is None or not statements.fits(changes):
                 raise OutOfTheOrdinaryError(changes.table)
-            table = statements.table.name
-            if table in context.sparse_tables:
+            if statements.table.name in context.sparse_tables:
                 raise OutOfTheOrdinaryError(changes.table)
             # Deletes first: a unique value may have moved from a deleted row to a new one.
             if changes.deleted:
                 won = self._compare(statements, changes.deleted, changes.deleted_stamps, 1, limit_ms, all_win)
                 self._connection.executemany(statements.delete, _picked(changes.deleted, won))
-                self._settle(table, changes.deleted, changes.deleted_stamps, won, context)
+                self._settle(statements.table, changes.deleted, changes.deleted_stamps, won, context)
             if changes.rows:
                 keys = list(map(_picker(changes.columns, changes.key), changes.rows))
                 won = self._compare(statements, keys, changes.row_stamps, 0, limit_ms, all_win)
                 self._connection.executemany(statements.write(changes.columns), _picked(changes.rows, won))
-                self._settle(table, keys, changes.row_stamps, won, context)
+                self._settle(statements.table, keys, changes.row_stamps, won, context)
 
     def careful(self, group: Group, context: Context, limit_ms: int) -> None:
         """Apply a group the fast way if that works, row by row otherwise."""
@@ -116,12 +116,16 @@ class Applier:
         self._connection.execute(f"RELEASE {_SAVEPOINT}")
 
     @staticmethod
-    def _settle(table: str, keys: Sequence[Row], stamps: Sequence[Stamp], won: Sequence[int], context: Context) -> None:
+    def _settle(
+        table: Table, keys: Sequence[Row], stamps: Sequence[Stamp], won: Sequence[int], context: Context
+    ) -> None:
         """Count the winners and drop what was parked for them."""
         context.applied += len(won)
-        if table in context.recorder.parked_tables:
+        if table.name in context.recorder.parked_tables:
             for index in won:
-                context.recorder.unpark(table, keys[index], Version(*stamps[index][:3]))
+                version = Version(*stamps[index][:3])
+                if context.recorder.unpark(table.name, identity(table, keys[index]), version) is not None:
+                    raise OutOfTheOrdinaryError("a newer version of this row waits for it")
 
     def _compare(
         self,
@@ -157,7 +161,7 @@ class Applier:
         careful way compares contents, so equal versions of live rows always go there.
         """
         for ts, node, rank, base_ts, base_node, local_deleted in self._connection.execute(statements.locate, key):
-            if stamp[:3] < (ts, node, rank) and (stamp[:2] <= (base_ts, base_node) or deleted):
+            if stamp[:3] < (ts, node, rank) and (stamp[:2] <= (base_ts, base_node) or deleted or stamp[1] == node):
                 return
             if stamp[:3] == (ts, node, rank) and deleted and local_deleted:
                 return

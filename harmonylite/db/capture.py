@@ -19,6 +19,11 @@ from harmonylite.db.sql import PREFIX, integer, log_table, normal, quote, rows, 
 # The `op` column of a change log.
 WRITTEN, DELETED, MAYBE_EVICTED = 1, 2, 3
 
+# What a table's triggers are for. No kind has an underscore, so that names tell table and kind apart. Without one of
+# the first four, capture is off; the last two only see evictions.
+KINDS = ("insert", "update", "rekey", "delete", "evict1", "evict2")
+ESSENTIAL = KINDS[:4]
+
 # Milliseconds since 1970 by the application's clock. SQLite has whole milliseconds, but hands them out as a fraction
 # of a day: rounded, not cut off.
 NOW_MS = "CAST((julianday('now')-2440587.5)*86400000+0.5 AS INTEGER)"
@@ -103,8 +108,8 @@ def triggers(table: Table) -> tuple[Trigger, ...]:
         # A generated column is never set itself: its index follows columns that we do not know.
         settable = all(index.settable for index in readable)
         of = f" OF {', '.join(quote(column) for column in named)}" if settable and named else ""
-        made.append(_trigger(table, "evict_insert", f"BEFORE INSERT ON {on}", "", evicted))
-        made.append(_trigger(table, "evict_update", f"BEFORE UPDATE{of} ON {on}", "", evicted))
+        made.append(_trigger(table, "evict1", f"BEFORE INSERT ON {on}", "", evicted))
+        made.append(_trigger(table, "evict2", f"BEFORE UPDATE{of} ON {on}", "", evicted))
     return tuple(made)
 
 
@@ -182,12 +187,10 @@ def drop_log(connection: apsw.Connection, table: str) -> None:
 
 
 def count_unkeyed(connection: apsw.Connection, schema: Schema) -> int:
-    """Rows with NULL in their key, which are not replicated. Reads the start of each key's index only."""
+    """Rows with NULL in their key, which are not replicated."""
     total = 0
     for table in schema.tables.values():
-        for part in table.key:
-            if part.nullable:
-                total += integer(
-                    connection, f"SELECT count(*) FROM {quote(table.name)} WHERE {quote(part.name)} IS NULL"
-                )
+        nulls = " OR ".join(f"{quote(part.name)} IS NULL" for part in table.key if part.nullable)
+        if nulls:
+            total += integer(connection, f"SELECT count(*) FROM {quote(table.name)} WHERE {nulls}")
     return total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,8 @@ import apsw
 
 from harmonylite import wire
 from harmonylite.db import tables
-from harmonylite.db.rows import Values
+from harmonylite.db.rows import Values, find_version
+from harmonylite.db.schema import Table
 from harmonylite.db.sql import rows
 from harmonylite.model import Row, Version
 
@@ -22,10 +24,12 @@ KEEP_CONFLICTS = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Parked:
-    """A row that does not fit here yet. row: by column name; None for a delete."""
+    """A row that does not fit here yet. row: by column name; None for a delete. id: `rows.identity` of the key where
+    the table is known here."""
 
     table: str
     key_names: tuple[str, ...]
+    id: bytes
     key: Row
     version: Version
     base: tuple[int, int]
@@ -79,14 +83,16 @@ class Recorder:
     def park(self, row: Parked) -> None:
         """Keep a row until the schema fits; of one key the highest version is kept."""
         self.connection.execute(
-            f"INSERT INTO {tables.PARKED} VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-            " ON CONFLICT (tbl, key) DO UPDATE SET ts = excluded.ts, node = excluded.node, rank = excluded.rank,"
+            f"INSERT INTO {tables.PARKED} VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+            " ON CONFLICT (tbl, id) DO UPDATE SET key = excluded.key, ts = excluded.ts, node = excluded.node,"
+            " rank = excluded.rank,"
             " key_names = excluded.key_names, base_ts = excluded.base_ts, base_node = excluded.base_node,"
             " deleted = excluded.deleted, row = excluded.row,"
             " reason = excluded.reason, detail = excluded.detail, parked_ms = excluded.parked_ms"
             " WHERE (excluded.ts, excluded.node, excluded.rank) > (ts, node, rank)",
             (
                 row.table,
+                row.id,
                 wire.pack(list(row.key)),
                 wire.pack(list(row.key_names)),
                 *row.version,
@@ -107,13 +113,16 @@ class Recorder:
                 )
         self.parked_tables.add(row.table)
 
-    def unpark(self, table: str, key: Row, version: Version) -> None:
-        """A version as new as the parked one has taken effect."""
-        if table in self.parked_tables:
-            self.connection.execute(
-                f"DELETE FROM {tables.PARKED} WHERE tbl = ? AND key = ? AND (ts, node, rank) <= (?, ?, ?)",
-                (table, wire.pack(list(key)), *version),
-            )
+    def unpark(self, table: str, id: bytes, version: Version) -> Parked | None:
+        """A version of the row has taken effect: drop what is not newer, return (and take out) what is.
+
+        What waited for this very row, a partial one for instance, may fit now.
+        """
+        if table not in self.parked_tables:
+            return None
+        waiting = _load(self.connection, "WHERE tbl = ? AND id = ?", (table, id))
+        self.connection.execute(f"DELETE FROM {tables.PARKED} WHERE tbl = ? AND id = ?", (table, id))
+        return next((each for each in waiting if each.version > version), None)
 
     def trim(self) -> None:
         """Keep the conflict log bounded."""
@@ -126,13 +135,30 @@ class Recorder:
 
 def take_parked(connection: apsw.Connection) -> list[Parked]:
     """Remove and return every parked row, for another try."""
-    columns = "tbl, key_names, key, ts, node, rank, base_ts, base_node, deleted, row, reason, detail"
-    found = rows(connection, f"SELECT {columns} FROM {tables.PARKED}")
+    found = _load(connection)
     connection.execute(f"DELETE FROM {tables.PARKED}")
+    return found
+
+
+def drop_beaten(connection: apsw.Connection, written: Sequence[Table]) -> None:
+    """Parked rows that a write made here has beaten wait for nothing any more."""
+    if not written:
+        return
+    waiting = {name for (name,) in rows(connection, f"SELECT DISTINCT tbl FROM {tables.PARKED}")}
+    for table in written:
+        for parked in _load(connection, "WHERE tbl = ?", (table.name,)) if table.name in waiting else ():
+            local = find_version(connection, table, parked.key)
+            if local is not None and local.version >= parked.version:
+                connection.execute(f"DELETE FROM {tables.PARKED} WHERE tbl = ? AND id = ?", (table.name, parked.id))
+
+
+def _load(connection: apsw.Connection, where: str = "", bindings: Sequence[object] = ()) -> list[Parked]:
+    columns = "tbl, id, key_names, key, ts, node, rank, base_ts, base_node, deleted, row, reason, detail"
     return [
         Parked(
             table=name,
             key_names=tuple(_unpacked(key_names)),
+            id=id,
             key=tuple(_unpacked(key)),
             version=Version(ts, node, rank),
             base=(base_ts, base_node),
@@ -140,7 +166,9 @@ def take_parked(connection: apsw.Connection) -> list[Parked]:
             reason=reason,
             detail=detail,
         )
-        for name, key_names, key, ts, node, rank, base_ts, base_node, deleted, row, reason, detail in found
+        for name, id, key_names, key, ts, node, rank, base_ts, base_node, deleted, row, reason, detail in rows(
+            connection, f"SELECT {columns} FROM {tables.PARKED} {where}", bindings
+        )
     ]
 
 

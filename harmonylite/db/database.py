@@ -45,6 +45,10 @@ class ReplicaSettings:
     boot_id: str = ""
 
 
+class PositionsLostError(Exception):
+    """Version tables had to be rebuilt, and the stored positions with them: the stream has to be read again."""
+
+
 class Database:
     """Owns both connections, the state and the schema. `on_schema` is called inside the transaction that installed
     capture for a schema, before anything else happens in it."""
@@ -59,7 +63,11 @@ class Database:
         self._loaded = False
         self._acknowledged = 0
         self._noted: dict[str, Position] = {}
+        self._forgotten: set[str] = set()
         self._lock_seconds = 0.0
+        # The latest time that a write may claim, and what local times are off by, as the caller knows them.
+        self.bound_ms = versions.UNBOUNDED_MS
+        self.correction = versions.NO_CORRECTION
         self.state = State()
         self.schema: Schema | None = None
         self.instance_id = ""
@@ -71,6 +79,7 @@ class Database:
         try:
             with self.transaction():
                 pass
+            self._forgotten.clear()  # nobody has read anything yet
             self.reader = sql.open_reader(self._path)
         except BaseException:
             self.writer.close()
@@ -92,7 +101,7 @@ class Database:
                 started = time.perf_counter()
                 try:
                     self._prepare()
-                    noted = list(self._noted.values())
+                    noted = [each for each in self._noted.values() if each.stream not in self._forgotten]
                     for position in noted:
                         tables.save_position(self.writer, position)
                     yield
@@ -119,11 +128,11 @@ class Database:
             self._loaded = True
         else:
             self._stored = self.state
-        if self.schema is None or schema_cookie(self.writer) != self.schema.cookie:
-            self._install()
         if self._acknowledged > self.state.published_batch:
             self.state = replace(self.state, published_batch=self._acknowledged)
             versions.forget_joins(self.writer, self._acknowledged)
+        if self.schema is None or schema_cookie(self.writer) != self.schema.cookie:
+            self._install()
 
     def _identify(self) -> None:
         """Whose database this is, in which boot of the machine, and how groups are numbered."""
@@ -146,7 +155,10 @@ class Database:
         settings = self._settings
         wanted = install.Settings(settings.node_id, settings.publish, settings.include, settings.exclude)
         known = self.schema
-        self.schema, self.state = install.install(self.writer, wanted, self.state)
+        positions = {stream for (stream,) in sql.rows(self.writer, f"SELECT stream FROM {tables.POSITION}")}
+        self.schema, self.state = install.install(self.writer, wanted, self.state, self.bound_ms, self.correction)
+        kept = {stream for (stream,) in sql.rows(self.writer, f"SELECT stream FROM {tables.POSITION}")}
+        self._forgotten |= (positions | self._noted.keys()) - kept if positions != kept else set()
         if known is not None:
             log.info("schema changed", extra={"fields": {"tables": len(self.schema.tables)}})
         self._on_schema(self.schema)
@@ -159,7 +171,16 @@ class Database:
         self._acknowledged = max(self._acknowledged, through)
 
     def note_position(self, position: Position) -> None:
-        self._noted[position.stream] = position
+        if position.stream not in self._forgotten:
+            self._noted[position.stream] = position
+
+    def forgot_position(self, stream: str) -> bool:
+        """Whether the position of a stream was lost since it was read; says so once."""
+        lost = stream in self._forgotten
+        self._forgotten.discard(stream)
+        if lost:
+            self._noted.pop(stream, None)
+        return lost
 
     def has_notes(self) -> bool:
         """Whether an acknowledgement or a position is known that the database does not have."""

@@ -14,12 +14,11 @@ import apsw
 
 from harmonylite.db import capture, schema, tables, versions
 from harmonylite.db.schema import Schema, Table
-from harmonylite.db.sql import PREFIX, integer, log_table, normal, quote, rows, scalar, version_table
+from harmonylite.db.sql import PREFIX, integer, log_table, normal, quote, rows, version_table
 from harmonylite.db.tables import State
+from harmonylite.db.versions import Correction
 
 log = logging.getLogger(__name__)
-
-_KINDS = ("insert", "update", "rekey", "delete", "evict_insert", "evict_update")
 
 # The columns of version tables and change logs besides the key.
 _VERSION_COLUMNS = ("ts", "node", "rank", "deleted", "batch", "base_ts", "base_node", "settled_ms")
@@ -36,25 +35,34 @@ class Settings:
     exclude: Sequence[str]
 
 
-def install(connection: apsw.Connection, settings: Settings, state: State) -> tuple[Schema, State]:
-    """Returns the schema as it is now replicated, and the state to be saved."""
+def install(
+    connection: apsw.Connection,
+    settings: Settings,
+    state: State,
+    bound_ms: int = versions.UNBOUNDED_MS,
+    correction: Correction = versions.NO_CORRECTION,
+) -> tuple[Schema, State]:
+    """Returns the schema as it is now replicated, and the state to be saved. The times are for what the logs hold."""
     found = schema.load(connection, settings.include, settings.exclude)
-    _follow_renames(connection)
     everything = schema.load(connection)
-    known: dict[str, str] = dict(rows(connection, f"SELECT name, definition FROM {tables.TABLE}"))
+    moved = _follow_renames(connection, everything)
+    known = _known(connection, everything)
+    first = not known
     _forget_dropped(connection, known, everything)
-    state = _absorb_leftovers(connection, everything, known, settings.node_id, state)
+    lost_logs = _tables_without_log(connection, known, everything)
+    state = _absorb_leftovers(connection, everything, known, settings.node_id, state, bound_ms, correction)
     lost = _rebuild_damaged(connection, found, known)
     versions.create_tables(connection, found.tables.values(), with_logs=settings.publish)
     state = replace(state, batch=max([state.batch, *(_newest_batch(connection, t) for t in found.tables.values())]))
-    off = _fix_triggers(connection, found if settings.publish else replace(found, tables={}))
+    off = _fix_triggers(connection, found if settings.publish else replace(found, tables={})) - moved
     if not settings.publish:
         off = frozenset()
         for table in everything.tables.values():
             capture.drop_log(connection, table.name)
     for table in found.tables.values():
         key = normal(table.name)
-        if settings.publish and (key in lost or (key in off and _name(known, table) is not None)):
+        # A table that came after the first installation has rows that nobody saw; at the first, nothing is stamped.
+        if settings.publish and not first and (key in lost | off | lost_logs):
             state = _recapture(connection, table, settings.node_id, state)
         connection.execute(
             f"INSERT INTO {tables.TABLE} VALUES (?, ?)"
@@ -71,31 +79,51 @@ def _name(known: dict[str, str], table: Table) -> str | None:
     return next((name for name in known if normal(name) == normal(table.name)), None)
 
 
-def _follow_renames(connection: apsw.Connection) -> None:
-    """After ALTER TABLE .. RENAME our triggers are on the new table under the old name; move our tables along."""
+def _known(connection: apsw.Connection, everything: Schema) -> dict[str, str]:
+    """Definition by name of the tables that were captured; an entry that was lost is made up from our tables."""
+    known: dict[str, str] = dict(rows(connection, f"SELECT name, definition FROM {tables.TABLE}"))
+    folded = {normal(name) for name in known}
+    for key, table in everything.tables.items():
+        if key not in folded and _has_columns(connection, version_table(table.name), table, _VERSION_COLUMNS):
+            known[table.name] = capture.definition(table)
+    return known
+
+
+def _tables_without_log(connection: apsw.Connection, known: dict[str, str], everything: Schema) -> frozenset[str]:
+    """Captured tables whose log is gone, with whatever it held."""
+    captured = {on for _, (on, _) in capture.installed(connection).triggers.items()}
+    return frozenset(
+        normal(name)
+        for name in known
+        if everything.table(name) is not None and name in captured and not _exists(connection, log_table(name))
+    )
+
+
+def _follow_renames(connection: apsw.Connection, everything: Schema) -> frozenset[str]:
+    """After ALTER TABLE .. RENAME our triggers are on the new table under the old name; move our tables along.
+
+    Returns the new names. A new table of the old name, if there is one, is a new table.
+    """
     moved = {
         old: on
         for name, (on, _) in capture.installed(connection).triggers.items()
-        if (old := _table_of_trigger(name)) and normal(old) != normal(on)
+        if (old := _table_of_trigger(name)) and normal(old) != normal(on) and everything.table(on) is not None
     }
     for old, new in moved.items():
-        if scalar(connection, "SELECT 1 FROM sqlite_schema WHERE type = 'table' AND lower(name) = lower(?)", (old,)):
-            continue  # a new table has the old name; `_fix_triggers` gives both what they need
         log.info("table renamed by the application", extra={"fields": {"from": old, "to": new}})
-        capture.drop_triggers(connection, [f"{PREFIX}{old}_{kind}" for kind in _KINDS])
+        capture.drop_triggers(connection, [f"{PREFIX}{old}_{kind}" for kind in capture.KINDS])
         for of in (log_table, version_table):
             if _exists(connection, of(old)) and not _exists(connection, of(new)):
                 connection.execute(f"ALTER TABLE {of(old)} RENAME TO {of(new)}")
         for suffix in ("pending", "tombstones"):
             connection.execute(f"DROP INDEX IF EXISTS {quote(f'{PREFIX}{old}_{suffix}')}")
         connection.execute(f"UPDATE OR REPLACE {tables.TABLE} SET name = ? WHERE name = ?", (new, old))
+    return frozenset(normal(new) for new in moved.values())
 
 
 def _table_of_trigger(name: str) -> str | None:
-    for kind in _KINDS:
-        if name.endswith(f"_{kind}") and (kind not in ("insert", "update") or not name.endswith(f"_evict_{kind}")):
-            return name[len(PREFIX) : -len(kind) - 1]
-    return None
+    table, _, kind = name[len(PREFIX) :].rpartition("_")
+    return table if kind in capture.KINDS else None
 
 
 def _exists(connection: apsw.Connection, quoted: str) -> bool:
@@ -119,7 +147,13 @@ def _drop_tables_of(connection: apsw.Connection, name: str) -> None:
 
 
 def _absorb_leftovers(
-    connection: apsw.Connection, everything: Schema, known: dict[str, str], node_id: int, state: State
+    connection: apsw.Connection,
+    everything: Schema,
+    known: dict[str, str],
+    node_id: int,
+    state: State,
+    bound_ms: int,
+    correction: Correction,
 ) -> State:
     """Take over what the logs hold before any of them may be dropped."""
     intact = {
@@ -130,7 +164,7 @@ def _absorb_leftovers(
         and _has_columns(connection, version_table(table.name), table, _VERSION_COLUMNS)
     }
     absorber = versions.Absorber(replace(everything, tables=intact), node_id)
-    _, state = absorber.absorb(connection, state, bound_ms=versions.UNBOUNDED_MS, limit=versions.UNBOUNDED_MS)
+    _, state = absorber.absorb(connection, state, bound_ms=bound_ms, correction=correction, limit=versions.UNBOUNDED_MS)
     return state
 
 
@@ -173,7 +207,8 @@ def _fix_triggers(connection: apsw.Connection, found: Schema) -> frozenset[str]:
     )
     off = set()
     for name, (trigger, key) in wanted.items():
-        if name not in there or normal(there[name][0]) != key:
+        essential = name.rpartition("_")[2] in capture.ESSENTIAL
+        if essential and (name not in there or normal(there[name][0]) != key):
             off.add(key)
         if name not in there or there[name][1] != trigger.sql:
             connection.execute(trigger.sql)

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 
@@ -29,10 +30,10 @@ from harmonylite.db import (
 )
 from harmonylite.db.apply import Applier, OutOfTheOrdinaryError
 from harmonylite.db.conflicts import Recorder
-from harmonylite.db.database import Database, ReplicaSettings
+from harmonylite.db.database import Database, PositionsLostError, ReplicaSettings
 from harmonylite.db.outbox import Outbox, OutgoingGroup
 from harmonylite.db.resolve import MISFIT, Context
-from harmonylite.db.schema import Schema, Skipped, Table, schema_cookie
+from harmonylite.db.schema import Schema, Skipped, Table, schema_cookie, schema_text
 from harmonylite.db.sql import normal
 from harmonylite.db.tables import State
 from harmonylite.db.versions import NO_CORRECTION, Correction
@@ -46,6 +47,8 @@ HOUR_MS = 3_600_000
 
 # A tombstone pass forgets at most this many rows of a table in one transaction.
 PRUNE_ROWS = 2_000
+
+_RETRY = "__harmonylite__retry"
 
 # So many vanished rows are taken note of at once.
 VANISHED_ROWS = 1_000
@@ -139,14 +142,22 @@ class Replica:
         self._applier = Applier(self._writer, schema)
         self._foreign_keys = orphans.load_foreign_keys(self._writer, schema)
         side_triggers.install(self._writer, frozenset(t.name for t in schema.tables.values()))
-        if tables.get_meta(self._writer, "fingerprint") != schema.fingerprint():
-            tables.set_meta(self._writer, "fingerprint", schema.fingerprint())
+        # Not only tables and columns count: a CHECK may be gone.
+        definitions = schema_text(self._writer)
+        if tables.get_meta(self._writer, "definitions") != definitions:
+            tables.set_meta(self._writer, "definitions", definitions)
             self._retry_parked()
 
     def _retry_parked(self) -> None:
         context = self._context()
         for parked in conflicts.take_parked(self._writer):
-            resolve.Resolver(self._writer, context, versions.UNBOUNDED_MS).apply(resolve.as_changes(parked))
+            self._writer.execute(f"SAVEPOINT {_RETRY}")
+            try:
+                resolve.Resolver(self._writer, context, versions.UNBOUNDED_MS).apply(resolve.as_changes(parked))
+            except (ValueError, TypeError, *MISFIT) as error:  # whatever it is, it must not keep the schema out
+                self._writer.execute(f"ROLLBACK TO {_RETRY}")
+                context.recorder.park(replace(parked, detail=str(error)))
+            self._writer.execute(f"RELEASE {_RETRY}")
         self._finish(context)
 
     def _context(self) -> Context:
@@ -256,12 +267,28 @@ class Replica:
         """
         if not self.has_log():
             return 0
+        self._know_time(bound_ms, correction)
         with self._database.transaction():
             return self._absorb(bound_ms, correction)[0]
 
     def has_log(self) -> bool:
-        """Writer. Whether there is anything to absorb; takes no lock."""
-        return self._database.schema is None or (self._settings.publish and self._absorber.has_log(self._writer))
+        """Writer. Whether there is anything to absorb, or the schema has changed; takes no lock."""
+        return self._is_stale() or (self._settings.publish and self._absorber.has_log(self._writer))
+
+    def _is_stale(self) -> bool:
+        schema = self._database.schema
+        return schema is None or schema_cookie(self._writer) != schema.cookie
+
+    def follow_schema(self) -> None:
+        """Writer. Install capture for the schema as it is now, if that has changed; else takes no lock."""
+        if self._is_stale():
+            with self._database.transaction():
+                pass
+
+    def _know_time(self, bound_ms: int | None, correction: Correction) -> None:
+        """For what a transaction absorbs before its own work, when it finds that the schema has changed."""
+        self._database.bound_ms = versions.UNBOUNDED_MS if bound_ms is None else bound_ms
+        self._database.correction = correction
 
     def _absorb(self, bound_ms: int | None, correction: Correction = NO_CORRECTION) -> tuple[int, bool]:
         if not self._settings.publish:
@@ -270,6 +297,7 @@ class Replica:
         absorbed, self._database.state = self._absorber.absorb(
             self._writer, self._state, bound_ms=bound, correction=correction
         )
+        conflicts.drop_beaten(self._writer, absorbed.tables)
         return absorbed.rows, absorbed.drained
 
     def pending_at_most(self, after: int, limit: int) -> bool:
@@ -314,6 +342,7 @@ class Replica:
     ) -> list[OutgoingGroup]:
         """Writer. Absorb and read about `limit` pending rows under the write lock: for an application that commits
         so fast that no snapshot with empty logs is ever seen. Empty: the log was too large, call again."""
+        self._know_time(bound_ms, correction)
         with self._database.transaction():
             _, drained = self._absorb(bound_ms, correction)
             found: list[OutgoingGroup] = []
@@ -348,8 +377,10 @@ class Replica:
     def apply(self, delivery: Delivery, bound_ms: int | None = None, correction: Correction = NO_CORRECTION) -> Applied:
         """Writer. Everything in `delivery` takes effect and the position moves, in one write transaction.
 
-        Raises apsw.BusyError, apsw.FullError, apsw.IOError with nothing changed: try again later.
+        Raises apsw.BusyError, apsw.FullError, apsw.IOError with nothing changed: try again later; PositionsLostError
+        when the stream has to be read again from the stored position.
         """
+        self._know_time(bound_ms, correction)
         while True:
             try:
                 applied = self._apply(delivery, bound_ms, correction, careful=False)
@@ -363,21 +394,26 @@ class Replica:
     ) -> Applied | None:
         """None: the change log was too large for one transaction; a piece of it was absorbed."""
         newest: list[int] = []
+        stream = delivery.position.stream
         with self._database.transaction():
-            if not self._absorb(bound_ms, correction)[1]:
+            lost = self._database.forgot_position(stream)
+            if not lost and not self._absorb(bound_ms, correction)[1]:
                 return None
             context = self._context()
             step = self._applier.careful if careful else self._applier.fast
-            for item in _in_order(delivery):
+            for item in () if lost else _in_order(delivery):
                 if isinstance(item, Undecodable):
-                    self._keep(delivery.position.stream, item)
+                    self._keep(stream, item)
                     continue
                 limit = item.stored_ms + self._settings.tolerance_ms
                 step(item.group, context, limit)
                 self._list_orphans(item.group, context)
                 newest.append(newest_ms(item.group))
             self._finish(context)
-            tables.save_position(self._writer, delivery.position)
+            if not lost:
+                tables.save_position(self._writer, delivery.position)
+        if lost:
+            raise PositionsLostError(f"the versions of a table were lost: stream {stream} is read again")
         recorder = context.recorder
         return Applied(
             rows=context.applied,
@@ -416,7 +452,7 @@ class Replica:
         at the versions it has, and reading goes on at `position`. A mark is dropped when a newer version arrives."""
         with self._database.transaction():
             batch = self._state.batch + 1
-            for table in self.schema.tables.values():
+            for table in self.schema.tables.values() if self._settings.publish else ():
                 versions.mark_all(self._writer, table, batch)
             self._database.state = replace(self._state, batch=batch)
             tables.save_position(self._writer, position)
@@ -430,9 +466,10 @@ class Replica:
         lose to old ones. What was written before keeps its time: it is absorbed first. After the first call, only
         one an hour does anything.
         """
-        if self._clamped and server_ms - self._state.floor_ms < HOUR_MS:
-            return
         bound = server_ms + self._settings.tolerance_ms
+        if self._clamped and server_ms - HOUR_MS < self._state.floor_ms <= bound:
+            return
+        self._know_time(bound, correction)
         while not self._clamp(server_ms, bound, correction):
             pass
         self._clamped = True
@@ -442,35 +479,40 @@ class Replica:
         with self._database.transaction():
             if not self._absorb(bound_ms, correction)[1]:
                 return False
-            for table in self.schema.tables.values():
-                versions.clamp(
-                    self._writer,
-                    table,
-                    node_id=self._settings.node_id,
-                    published=self._state.published_batch,
-                    bound_ms=bound_ms,
-                )
+            self._retime(
+                partial(versions.clamp, published=self._state.published_batch, bound_ms=bound_ms),
+            )
             self._database.raise_floor(server_ms)
             return True
 
-    def shift_clock(self, *, from_ms: int, to_ms: int, delta_ms: int) -> int:
+    def shift_clock(self, *, from_ms: int, to_ms: int, delta_ms: int) -> None:
         """Writer. This boot's clock was behind by `delta_ms` while it showed from_ms..to_ms: correct the times of
-        what was written then and not yet acknowledged. Returns the number of versions changed."""
+        what was written then and not yet acknowledged."""
         with self._database.transaction():
-            while not self._absorb(None)[1]:
-                pass
-            return sum(
-                versions.shift(
-                    self._writer,
-                    table,
-                    node_id=self._settings.node_id,
+            self._retime(
+                partial(
+                    versions.shift,
                     after_batch=max(self._state.published_batch, self._state.boot_batch),
                     from_ms=from_ms,
                     to_ms=to_ms,
                     delta_ms=delta_ms,
                 )
-                for table in self.schema.tables.values()
             )
+            # The logs come after that, already corrected: uncorrected they might be lifted to the floor.
+            while not self._absorb(None, Correction(delta_ms, to_ms))[1]:
+                pass
+
+    def _retime(self, change: Callable[..., int]) -> None:
+        """Give pending versions other times, in a batch of their own, joined to those that they leave."""
+        batch = self._state.batch + 1
+        lows = [
+            low
+            for table in self.schema.tables.values()
+            if (low := change(self._writer, table, node_id=self._settings.node_id, batch=batch))
+        ]
+        if lows:
+            versions.join(self._writer, min(lows), batch)
+            self._database.state = replace(self._state, batch=batch)
 
     def prune_tombstones(self, server_ms: int) -> int:
         """Writer. Start the retention of tombstones that the cluster has, forget those past it. Only while connected:

@@ -84,8 +84,15 @@ class Resolver:
         self._context = context
         self._limit_ms = limit_ms
         self._key_names: tuple[str, ...] = ()
+        self._again: list[Parked] = []
 
     def apply(self, changes: TableChanges) -> None:
+        """Everything in `changes`; then rows that waited for one of those and may fit now."""
+        self._apply(changes)
+        while self._again:
+            self._apply(as_changes(self._again.pop()))
+
+    def _apply(self, changes: TableChanges) -> None:
         self._key_names = changes.key
         table = self._context.schema.table(changes.table)
         if table is None:
@@ -95,14 +102,19 @@ class Resolver:
             detail = f"key there: {', '.join(changes.key)}; key here: {', '.join(table.key_names)}"
             self._park_all(changes, table.name, "different key", detail)
             return
+        self._key_names = table.key_names
         missing = [name for name in changes.columns if table.column(name) is None]
         winners: list[Winner] = []
         for row in self._incoming(changes, table):
-            winner = self._judge(table, row)
+            try:
+                winner = self._judge(table, row)
+            except MISFIT as error:
+                self._park(table, row, "does not fit", _reason(error))
+                continue
             if winner is None:
                 continue
             if missing and row.values is not None:
-                self._park(table.name, row, "missing column", ", ".join(missing))
+                self._park(table, row, "missing column", ", ".join(missing))
             else:
                 winners.append(winner)
         if table.uniques:
@@ -140,7 +152,7 @@ class Resolver:
         if row.version > local.version:
             old = store.read(self._connection, table, row.key)
             buried = row.version.rank == 1 and row.version[:2] == local.version[:2]
-            unseen = old is not None and (buried or local.version[:2] > row.base)
+            unseen = old is not None and (buried or _unseen(local.version, row.version, row.base))
             return Winner(row, local, old, _why(row.version) if unseen else None)
         if row.stamped == local.version and row.version != local.version:
             # The stream bounded the time that this version claims; adopt what all others see.
@@ -148,8 +160,10 @@ class Resolver:
         elif row.version == local.version:
             return self._judge_twins(table, row, local)
         else:
-            if row.values is not None and row.version[:2] > local.base:
-                self._conflict(table, row.key, row.version, local.version, _why(local.version), row.values)
+            if row.values is not None and _unseen(row.version, local.version, local.base):
+                old = store.read(self._connection, table, row.key)
+                if not _same(old, row.values):
+                    self._conflict(table, row.key, row.version, local.version, _why(local.version), row.values)
             self._fill_older_columns(table, row, local)
         return None
 
@@ -162,6 +176,9 @@ class Resolver:
             return None
         theirs, ours = _content(row.values, row.values), _content(old, row.values or old)
         if theirs == ours:
+            if local.batch is not None and local.batch > self._context.published:
+                # The stream has it, whoever sent it.
+                store.set_version(self._connection, table, row.key, replace(local, batch=None))
             return None
         if theirs > ours:
             return Winner(row, local, old, TWINS if old is not None else None)
@@ -183,7 +200,7 @@ class Resolver:
         try:
             store.update(self._connection, table, row.key, older)
         except MISFIT as error:
-            self._park(table.name, row, "does not fit", _reason(error))
+            self._park(table, row, "does not fit", _reason(error))
             return
         for column in older:
             sparse.remember(self._connection, table.name, key, column, row.version[:2])
@@ -194,10 +211,9 @@ class Resolver:
         """Write one winner into a table without secondary unique indexes, or park it."""
         try:
             self._put(table, winner)
+            self._settle(table, winner)
         except MISFIT as error:
-            self._park(table.name, winner.row, "does not fit", _reason(error))
-            return
-        self._settle(table, winner)
+            self._park(table, winner.row, "does not fit", _reason(error))
 
     def _put(self, table: Table, winner: Winner) -> None:
         row = winner.row
@@ -217,7 +233,7 @@ class Resolver:
                 if misfit is None:
                     fitting.append(winner)
                 else:
-                    self._park(table.name, winner.row, "does not fit", misfit)
+                    self._park(table, winner.row, "does not fit", misfit)
             for winner in fitting:
                 if winner.old is not None:
                     store.delete(self._connection, table, winner.row.key)
@@ -231,7 +247,8 @@ class Resolver:
     def _misfit(self, table: Table, winner: Winner, trial: clash.Trial) -> str | None:
         """Why the row cannot be written, whatever stands beside it."""
         if winner.row.values is None:
-            return None
+            fits = not table.rowid_alias or isinstance(winner.row.key[0], int | float)
+            return None if fits else "datatype mismatch"
         values = _merged(winner)
         # INSERT OR REPLACE would put a default in the NULL's place (https://sqlite.org/lang_conflict.html).
         for column in table.columns:
@@ -258,7 +275,7 @@ class Resolver:
         try:
             store.insert(self._connection, table, values)
         except MISFIT as error:
-            self._park(table.name, winner.row, "does not fit", _reason(error))
+            self._park(table, winner.row, "does not fit", _reason(error))
             return
         self._settle(table, winner)
 
@@ -274,7 +291,7 @@ class Resolver:
             self._entomb(table, row.key, row.version, row.base, winner.local.batch)
             return
         # This node cannot publish a tombstone: what the cluster says later wins.
-        self._park(table.name, row, CLASH, f"a newer row has the same unique value ({rival.ts})")
+        self._park(table, row, CLASH, f"a newer row has the same unique value ({rival.ts})")
         store.forget_version(self._connection, table, row.key)
 
     def _bury(self, table: Table, key: Row, rival: VersionRow, winner: Version) -> None:
@@ -286,7 +303,7 @@ class Resolver:
             self._entomb(table, key, rival.version, rival.base, rival.batch)
             return
         lost = Incoming(key, rival.version, rival.version, rival.base, content)
-        self._park(table.name, lost, CLASH, f"a newer row has the same unique value ({winner.ts})")
+        self._park(table, lost, CLASH, f"a newer row has the same unique value ({winner.ts})")
         store.forget_version(self._connection, table, key)
 
     def _entomb(self, table: Table, key: Row, version: Version, base: tuple[int, int], batch: int | None) -> None:
@@ -306,7 +323,9 @@ class Resolver:
             self._forget_columns(table, row.key)
         else:
             self._remember_columns(table, winner, local.version)
-        self._context.recorder.unpark(table.name, row.key, row.version)
+        again = self._context.recorder.unpark(table.name, store.identity(table, row.key), row.version)
+        if again is not None:
+            self._again.append(again)
         self._context.applied += 1
 
     def _remember_columns(self, table: Table, winner: Winner, previous: Version) -> None:
@@ -329,8 +348,8 @@ class Resolver:
     # -- what is not written
 
     def _log_discarded(self, table: Table, winner: Winner) -> None:
-        if winner.discards is not None:
-            row = winner.row
+        row = winner.row
+        if winner.discards is not None and not _same(winner.old, row.values):
             self._conflict(table, row.key, winner.local.version, row.version, winner.discards, winner.old)
 
     def _conflict(
@@ -342,11 +361,13 @@ class Resolver:
         for row in self._incoming(changes, None):
             self._park(table, row, reason, detail)
 
-    def _park(self, table: str, row: Incoming, reason: str, detail: str) -> None:
+    def _park(self, table: Table | str, row: Incoming, reason: str, detail: str) -> None:
+        """table: its name where the row's key means nothing here."""
         self._context.recorder.park(
             Parked(
-                table=table,
+                table=table.name if isinstance(table, Table) else table,
                 key_names=self._key_names,
+                id=store.identity(table, row.key) if isinstance(table, Table) else wire.pack(list(row.key)),
                 key=row.key,
                 version=row.version,
                 base=row.base,
@@ -360,6 +381,16 @@ class Resolver:
 def _merged(winner: Winner) -> dict[str, Value]:
     """The whole new row: columns that the message does not carry keep their values."""
     return {**(winner.old or {}), **(winner.row.values or {})}
+
+
+def _unseen(loser: Version, winner: Version, base: tuple[int, int]) -> bool:
+    """Whether the writer of `winner`, who had seen `base`, cannot have seen `loser`. A node has seen its own writes."""
+    return loser[:2] > base and loser.node != winner.node
+
+
+def _same(old: Values | None, new: Values | None) -> bool:
+    """Whether nothing is lost when `new` takes the place of `old`, as far as `new` says."""
+    return new is not None and old is not None and _content(old, new) == _content(new, new)
 
 
 def _why(winner: Version) -> str:

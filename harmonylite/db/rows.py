@@ -130,7 +130,7 @@ def identity(table: Table, key: Row) -> bytes:
 
 
 def _folded(part: KeyColumn, value: Value) -> Value:
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
         return int(value)
     if isinstance(value, str):
         collation = part.collation.upper()

@@ -108,6 +108,17 @@ def schema_cookie(connection: apsw.Connection) -> int:
     return integer(connection, "PRAGMA schema_version")
 
 
+def schema_text(connection: apsw.Connection) -> str:
+    """A hash of the application's own definitions, to the letter."""
+    mine = f"{PREFIX}%".replace("_", "\\_")
+    found = rows(
+        connection,
+        "SELECT type, name, sql FROM main.sqlite_schema WHERE name NOT LIKE ? ESCAPE '\\' ORDER BY type, name",
+        (mine,),
+    )
+    return hashlib.sha256(repr(found).encode("utf-8", "backslashreplace")).hexdigest()[:16]
+
+
 def load(connection: apsw.Connection, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Schema:
     """Read the schema. `include` and `exclude` are glob patterns over table names; empty `include` means all."""
     cookie = schema_cookie(connection)

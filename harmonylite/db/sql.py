@@ -49,13 +49,13 @@ def columns_sql(names: Sequence[str]) -> str:
 
 
 def open_writer(path: Path) -> apsw.Connection:
-    """The connection that absorbs and applies. Creates the file if it is missing and switches it to WAL.
+    """The connection that absorbs and applies; switches the database to WAL. apsw.CantOpenError if there is none.
 
     Triggers of the schema are off (I8): what the daemon writes came from a node where they already ran.
     `synchronous` is NORMAL: a power cut may undo our last commits, position included, and they are then done
     again; the application's own setting is per connection and untouched.
     """
-    connection = apsw.Connection(str(path))
+    connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
     connection.setbusytimeout(BUSY_TIMEOUT_MS)
     _prepare(connection)
     mode = scalar(connection, "PRAGMA journal_mode")

@@ -31,11 +31,11 @@ CREATE = (
     f"CREATE TABLE IF NOT EXISTS {JOIN} (lo INTEGER PRIMARY KEY, hi INTEGER NOT NULL)",
     f"CREATE TABLE IF NOT EXISTS {SPARSE} (tbl TEXT, key BLOB, col TEXT, ts INTEGER NOT NULL,"
     " node INTEGER NOT NULL, PRIMARY KEY (tbl, key, col)) WITHOUT ROWID",
-    f"CREATE TABLE IF NOT EXISTS {PARKED} (tbl TEXT, key BLOB, key_names BLOB NOT NULL,"
+    f"CREATE TABLE IF NOT EXISTS {PARKED} (tbl TEXT, id BLOB, key BLOB NOT NULL, key_names BLOB NOT NULL,"
     " ts INTEGER NOT NULL, node INTEGER NOT NULL, rank INTEGER NOT NULL,"
     " base_ts INTEGER NOT NULL, base_node INTEGER NOT NULL, deleted INTEGER NOT NULL,"
     " row BLOB NOT NULL, reason TEXT NOT NULL, detail TEXT NOT NULL, parked_ms INTEGER NOT NULL,"
-    " PRIMARY KEY (tbl, key)) WITHOUT ROWID",
+    " PRIMARY KEY (tbl, id)) WITHOUT ROWID",
     f"CREATE TABLE IF NOT EXISTS {CONFLICT} (id INTEGER PRIMARY KEY, tbl TEXT NOT NULL, key BLOB NOT NULL,"
     " ts INTEGER NOT NULL, node INTEGER NOT NULL, rank INTEGER NOT NULL, winner_ts INTEGER, winner_node INTEGER,"
     " reason TEXT NOT NULL, row BLOB, recorded_ms INTEGER NOT NULL, UNIQUE (tbl, key, ts, node, rank))",
@@ -51,7 +51,8 @@ class State:
     batch: the newest absorb batch that was given out; open_batch: one that a large log is still being absorbed
     into (0: none); published_batch: everything up to it was acknowledged; floor_ms: the newest time this node
     itself has seen on its own clock or, while connected, on the server's; conflicts_total: ever recorded;
-    boot_batch: the newest batch when this boot of the machine began.
+    boot_batch: the newest batch when this boot of the machine began; open_floor_ms: the newest time in the pieces
+    of a log that is still being absorbed, which becomes part of the floor at its end.
     """
 
     batch: int = 0
@@ -60,6 +61,7 @@ class State:
     floor_ms: int = 0
     conflicts_total: int = 0
     boot_batch: int = 0
+    open_floor_ms: int = 0
 
 
 _STATE_FIELDS = tuple(field.name for field in fields(State))

@@ -166,9 +166,15 @@ class Absorber:
         lows = [low for low, _ in joined if low] + ([state.open_batch] if state.open_batch else [])
         if lows:
             join(connection, min(lows), batch)
-        floor = max(state.floor_ms, *(min(newest, bound_ms) for _, newest in joined))
-        still_open = 0 if drained else state.open_batch or batch
-        after = replace(state, batch=batch, open_batch=still_open, floor_ms=floor)
+        newest = max(state.open_floor_ms, *(min(newest, bound_ms) for _, newest in joined))
+        # Not before the last piece: it would lift what other pieces logged earlier.
+        after = replace(
+            state,
+            batch=batch,
+            open_batch=0 if drained else state.open_batch or batch,
+            floor_ms=max(state.floor_ms, newest) if drained else state.floor_ms,
+            open_floor_ms=0 if drained else newest,
+        )
         return Absorbed(taken, batch, drained, tuple(each.table for each, _ in todo)), after
 
     def _absorb_table(
@@ -294,14 +300,19 @@ def mark_all(connection: apsw.Connection, table: Table, batch: int) -> None:
     connection.execute(f"UPDATE {version_table(table.name)} SET batch = ?, settled_ms = NULL", (batch,))
 
 
-def clamp(connection: apsw.Connection, table: Table, *, node_id: int, published: int, bound_ms: int) -> int:
-    """Own pending versions that claim a time after `bound_ms` get that time, but stay above what they replaced."""
-    connection.execute(
-        f"UPDATE {version_table(table.name)} SET ts = max(:bound, base_ts + 1)"
-        " WHERE batch > :published AND node = :node AND rank = 0 AND ts > max(:bound, base_ts + 1)",
-        {"bound": bound_ms, "published": published, "node": node_id},
+def clamp(connection: apsw.Connection, table: Table, *, node_id: int, published: int, bound_ms: int, batch: int) -> int:
+    """Own pending versions that claim a time after `bound_ms` get that time, but stay above what they replaced.
+
+    They move to `batch`, as after any write: the acknowledgement of a message that carries the old version must not
+    count for the new one. Returns the lowest batch that lost a row by that, 0 for none.
+    """
+    return _retime(
+        connection,
+        table,
+        "max(:bound, base_ts + 1)",
+        "batch > :after AND node = :node AND rank = 0 AND ts > max(:bound, base_ts + 1)",
+        {"bound": bound_ms, "after": published, "node": node_id, "batch": batch},
     )
-    return connection.changes()
 
 
 def shift(
@@ -313,14 +324,35 @@ def shift(
     from_ms: int,
     to_ms: int,
     delta_ms: int,
+    batch: int,
 ) -> int:
-    """Own pending versions of batches after `after_batch` with a time in from_ms..to_ms move by `delta_ms`."""
-    connection.execute(
-        f"UPDATE {version_table(table.name)} SET ts = max(ts + :delta, base_ts + 1)"
-        " WHERE batch > :after AND node = :node AND rank = 0 AND ts BETWEEN :from AND :to",
-        {"delta": delta_ms, "after": after_batch, "node": node_id, "from": from_ms, "to": to_ms},
+    """Own pending versions of batches after `after_batch` with a time in from_ms..to_ms move by `delta_ms`.
+
+    Returns as `clamp` does.
+    """
+    return _retime(
+        connection,
+        table,
+        "max(ts + :delta, base_ts + 1)",
+        "batch > :after AND node = :node AND rank = 0 AND ts BETWEEN :from AND :to",
+        {
+            "delta": delta_ms,
+            "after": after_batch,
+            "node": node_id,
+            "from": from_ms,
+            "to": to_ms,
+            "batch": batch,
+        },
     )
-    return connection.changes()
+
+
+def _retime(connection: apsw.Connection, table: Table, ts: str, where: str, bindings: dict[str, int]) -> int:
+    version = version_table(table.name)
+    needed = {name: value for name, value in bindings.items() if f":{name}" in where}
+    low = integer(connection, f"SELECT min(batch) FROM {version} WHERE {where}", needed)
+    if low:
+        connection.execute(f"UPDATE {version} SET ts = {ts}, batch = :batch WHERE {where}", bindings)
+    return low
 
 
 def settle_tombstones(connection: apsw.Connection, table: Table, *, published: int, server_ms: int) -> None:
