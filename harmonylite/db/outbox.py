@@ -5,9 +5,9 @@ The view must be one in which every change log is empty: only then is no row new
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import islice
 from operator import itemgetter
 from sys import getsizeof
 from typing import cast
@@ -20,7 +20,7 @@ from harmonylite.db.schema import Schema, Table
 from harmonylite.db.sql import integer, quote, rows, version_table
 from harmonylite.model import Group, RawText, Row, Stamp, TableChanges, Value
 
-# Rows are measured and handed on in chunks of this many.
+# Rows are handed on in chunks of this many at the most.
 CHUNK_ROWS = 500
 
 _DATABASE_BYTES = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
@@ -45,10 +45,18 @@ class OutgoingGroup:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Batches lo..hi that go into one group."""
+    """Batches lo..hi that go into one group. cuts: the last batches of the parts it may be cut into, ascending."""
 
     lo: int
     hi: int
+    cuts: tuple[int, ...] = ()
+
+    def parts(self) -> Iterator[Span]:
+        """The span in pieces, none of which may be cut."""
+        lo = self.lo
+        for cut in self.cuts:
+            yield Span(lo, cut, (cut,))
+            lo = cut + 1
 
 
 @dataclass(slots=True)
@@ -85,34 +93,40 @@ class Outbox:
             for batch, number in rows(connection, reader.sizes, (published,)):
                 sizes[batch] = sizes.get(batch, 0) + number
         joins = rows(connection, f"SELECT lo, hi FROM {tables.JOIN} WHERE hi > ? ORDER BY lo", (published,))
-        lo = hi = total = 0
-        joined_to = 0
+        lo = hi = total = joined_to = 0
+        cuts: list[int] = []
         for batch in sorted(sizes):
-            if lo and total >= self._group_rows and batch > joined_to:
-                yield Span(lo, hi)
-                lo = total = 0
+            if lo and batch > joined_to:
+                cuts.append(hi)
+                if total >= self._group_rows:
+                    yield Span(lo, hi, tuple(cuts))
+                    lo, total, cuts = 0, 0, []
             lo, hi, total = lo or batch, batch, total + sizes[batch]
             joined_to = max([joined_to, *(high for low, high in joins if low <= batch <= high)])
         if lo:
-            yield Span(lo, hi)
+            yield Span(lo, hi, (*cuts, hi))
 
     def _read(self, connection: apsw.Connection, readers: Sequence[_Reader], span: Span) -> Iterator[OutgoingGroup]:
-        """One group, or several if the span is larger than `max_bytes`; only the last completes the span."""
+        """One group, or several if the span is larger than `max_bytes`: cut between batches where that is possible;
+        a joined batch that is too large by itself is torn, and only its last group completes it."""
         parts: dict[str, tuple[_Reader, _Part]] = {}
         size = 0
         # A database smaller than the limit holds no larger group: nothing to measure.
-        measured = integer(connection, _DATABASE_BYTES) > self._max_bytes
+        limit = self._max_bytes if integer(connection, _DATABASE_BYTES) > self._max_bytes else None
         for reader in readers:
-            for live, chunk in reader.chunks(connection, span):
-                chunk_size = sum(map(getsizeof, chain.from_iterable(chunk))) if measured else 0
-                if size and size + chunk_size > self._max_bytes:
+            for live, chunk, chunk_size in reader.chunks(connection, span, limit):
+                if limit and size and size + chunk_size > limit:
+                    if len(span.cuts) > 1:
+                        for part in span.parts():
+                            yield from self._read(connection, readers, part)
+                        return
                     yield OutgoingGroup(self._group(parts), span.lo - 1, torn=True)
                     parts, size = {}, 0
                 size += chunk_size
-                part = parts.setdefault(reader.table.name, (reader, _Part()))[1]
+                taken = parts.setdefault(reader.table.name, (reader, _Part()))[1]
                 # Plain tuples serve as stamps: making half a million Stamps a second costs a tenth of a core.
-                (part.rows if live else part.deleted).extend(map(_values_of, chunk))
-                (part.row_stamps if live else part.deleted_stamps).extend(cast("map[Stamp]", map(_stamp_of, chunk)))
+                (taken.rows if live else taken.deleted).extend(map(_values_of, chunk))
+                (taken.row_stamps if live else taken.deleted_stamps).extend(cast("map[Stamp]", map(_stamp_of, chunk)))
         yield OutgoingGroup(self._group(parts), span.hi)
 
     def _group(self, parts: dict[str, tuple[_Reader, _Part]]) -> Group:
@@ -155,35 +169,49 @@ class _Reader:
     def has_pending(self, connection: apsw.Connection, published: int) -> bool:
         return any(True for _ in connection.execute(self._pending, (published,)))
 
-    def chunks(self, connection: apsw.Connection, span: Span) -> Iterator[tuple[bool, list[Row]]]:
-        """(live, rows with the stamp in front), a chunk of CHUNK_ROWS at a time."""
+    def chunks(
+        self, connection: apsw.Connection, span: Span, limit: int | None
+    ) -> Iterator[tuple[bool, list[Row], int]]:
+        """(live, rows with the stamp in front, their bytes): up to CHUNK_ROWS rows at a time, and with a limit no
+        more than a quarter of it, or one row. Without a limit nothing is measured."""
         for live, plain, typed in (
             (False, self._deleted, self._deleted_typed),
             (True, self._live, self._live_typed),
         ):
-            for chunk in read_chunks(connection, plain, typed, (span.lo, span.hi), _STAMP_WIDTH):
-                yield live, chunk
+            found = _rows(connection, plain, typed, (span.lo, span.hi), _STAMP_WIDTH)
+            if limit is None:
+                while chunk := list(islice(found, CHUNK_ROWS)):
+                    yield live, chunk, 0
+            else:
+                for chunk, size in _measured(found, limit // 4):
+                    yield live, chunk, size
 
 
-def read_chunks(
+def _measured(found: Iterator[Row], limit: int) -> Iterator[tuple[list[Row], int]]:
+    chunk: list[Row] = []
+    size = 0
+    for row in found:
+        chunk.append(row)
+        size += sum(map(getsizeof, row))
+        if size > limit or len(chunk) == CHUNK_ROWS:
+            yield chunk, size
+            chunk, size = [], 0
+    if chunk:
+        yield chunk, size
+
+
+def _rows(
     connection: apsw.Connection, plain: str, typed: str, bindings: Sequence[object], untyped: int
-) -> Iterator[list[Row]]:
+) -> Iterator[Row]:
     """Rows of `plain`; from where a TEXT is not UTF-8, those of `typed`, whose first `untyped` columns are plain."""
     done = 0
-    cursor: Iterable[tuple[Value, ...]] = connection.execute(plain, bindings)
-    remaining = iter(cursor)
-    while True:
-        try:
-            chunk = list(islice(remaining, CHUNK_ROWS))
-        except UnicodeDecodeError:
-            break
-        if not chunk:
-            return
-        done += len(chunk)
-        yield chunk
-    rest = islice(connection.execute(typed, bindings), done, None)
-    while chunk := [decode_typed(row, untyped) for row in islice(rest, CHUNK_ROWS)]:
-        yield chunk
+    try:
+        for row in connection.execute(plain, bindings):
+            yield row
+            done += 1
+    except UnicodeDecodeError:
+        for row in islice(connection.execute(typed, bindings), done, None):
+            yield decode_typed(row, untyped)
 
 
 def typed_sql(expression: str) -> str:

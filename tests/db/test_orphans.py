@@ -22,6 +22,7 @@ class Database:
     """The applying connection with version tables for every replicated table."""
 
     def __init__(self, path: Path, script: str, exclude: tuple[str, ...] = ()) -> None:
+        path.touch()  # the application makes its database, never the daemon
         self.connection = open_writer(path)
         self.connection.execute(script)
         self.schema = schema.load(self.connection, exclude=exclude)

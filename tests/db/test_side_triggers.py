@@ -47,6 +47,7 @@ def receiver(tmp_path: Path, opened: list[apsw.Connection]) -> Open:
     """Opens the connection that applies changes of other nodes."""
 
     def open_it(name: str = "app.db") -> apsw.Connection:
+        (tmp_path / name).touch()  # the application makes its database, never the daemon
         connection = open_writer(tmp_path / name)
         opened.append(connection)
         return connection

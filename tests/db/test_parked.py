@@ -1,0 +1,217 @@
+"""DESIGN 6: rows that do not fit wait, and nothing else is stopped by them."""
+
+from __future__ import annotations
+
+import pytest
+
+from harmonylite.db import conflicts as conflict_log
+from harmonylite.model import Version
+from tests.db.conftest import MakeNode
+from tests.db.harness import EPOCH_MS, Node, deleted, exchange, removed, stamp, written, wrote
+
+IDV = ("id", "v")
+CHECKED = "CREATE TABLE t (id INTEGER PRIMARY KEY, v CHECK (v < 10))"
+
+MISFITS = {
+    "check": (CHECKED, wrote("t", IDV, ((1, 11), stamp(1000, 2)))),
+    "check beside unique": (
+        "CREATE TABLE t (id INTEGER PRIMARY KEY, v UNIQUE CHECK (v < 10))",
+        wrote("t", IDV, ((1, 11), stamp(1000, 2))),
+    ),
+    "not null": (
+        "CREATE TABLE t (id INTEGER PRIMARY KEY, v NOT NULL)",
+        wrote("t", IDV, ((1, None), stamp(1000, 2))),
+    ),
+    "not null with default, beside unique": (
+        "CREATE TABLE t (id INTEGER PRIMARY KEY, v NOT NULL DEFAULT 5, u UNIQUE)",
+        wrote("t", ("id", "v", "u"), ((1, None, 1), stamp(1000, 2))),
+    ),
+    "strict type": (
+        "CREATE TABLE t (id INTEGER PRIMARY KEY, v INTEGER) STRICT",
+        wrote("t", IDV, ((1, "text"), stamp(1000, 2))),
+    ),
+    "missing column": (
+        "CREATE TABLE t (id INTEGER PRIMARY KEY, v)",
+        wrote("t", ("id", "v", "w"), ((1, 2, 3), stamp(1000, 2))),
+    ),
+    "missing table": ("CREATE TABLE other (id INTEGER PRIMARY KEY)", wrote("t", IDV, ((1, 11), stamp(1000, 2)))),
+}
+
+
+@pytest.mark.parametrize("what", MISFITS)
+def test_a_row_that_does_not_fit_is_parked_and_touches_no_version(make: MakeNode, what: str) -> None:
+    script, group = MISFITS[what]
+    node = make(1, script)
+    applied = node.apply(group)
+    assert (applied.rows, applied.parked) == (0, 1)
+    [(table, key, version, reason)] = node.parked()
+    assert (table, key, version) == ("t", (1,), Version(1000, 2))
+    assert reason == ("does not fit" if not what.startswith("missing") else what)
+    assert node.received == 1
+    if what != "missing table":
+        assert node.version("t", 1) is None
+        assert node.rows("t") == []
+    assert node.replica.parked() == 1
+
+
+def test_a_parked_row_leaves_the_old_one_and_its_version(make: MakeNode) -> None:
+    for script in (CHECKED, "CREATE TABLE t (id INTEGER PRIMARY KEY, v UNIQUE CHECK (v < 10))"):
+        node = make(1, script)
+        node.apply(wrote("t", IDV, ((1, 5), stamp(1000, 2))))
+        node.apply(wrote("t", IDV, ((1, 11), stamp(2000, 2, base=(1000, 2)))))
+        assert node.rows("t") == [(1, 5)]
+        assert node.version("t", 1) == Version(1000, 2)
+
+
+def test_a_null_that_does_not_fit_leaves_the_old_row_beside_unique_columns_too(make: MakeNode) -> None:
+    """A trial by INSERT OR REPLACE would put the column's default in the NULL's place and find nothing wrong."""
+    columns = ("id", "v", "u")
+    node = make(1, "CREATE TABLE t (id INTEGER PRIMARY KEY, v NOT NULL DEFAULT 5, u UNIQUE)")
+    node.apply(wrote("t", columns, ((1, 1, 1), stamp(1000, 2))))
+    node.apply(wrote("t", columns, ((1, None, 2), stamp(2000, 2, base=(1000, 2)))))
+    assert node.rows("t") == [(1, 1, 1)]
+    assert node.version("t", 1) == Version(1000, 2)
+
+
+def test_of_one_key_the_highest_version_is_kept(make: MakeNode) -> None:
+    node = make(1, CHECKED)
+    for ts in (2000, 3000, 1000):
+        node.apply(wrote("t", IDV, ((1, ts), stamp(ts, 2))))
+    assert [version for _, _, version, _ in node.parked()] == [Version(3000, 2)]
+
+
+@pytest.mark.parametrize("base", [(0, 0), (2000, 2)], ids=["concurrent", "ordinary"])
+@pytest.mark.parametrize("how", ["row", "delete"])
+def test_a_parked_row_is_dropped_when_a_newer_version_applied(make: MakeNode, how: str, base: tuple[int, int]) -> None:
+    node = make(1, CHECKED)
+    node.apply(wrote("t", IDV, ((1, 11), stamp(2000, 2)), ((2, 12), stamp(2000, 2))))
+    older = wrote("t", IDV, ((1, 1), stamp(1000, 2)))
+    node.apply(older)
+    assert len(node.parked()) == 2, "an older version proves nothing"
+    newer = stamp(3000, 3, base=base)
+    node.apply(wrote("t", IDV, ((1, 5), newer)) if how == "row" else deleted("t", ((1,), newer)))
+    assert [key for _, key, _, _ in node.parked()] == [(2,)]
+
+
+def test_a_missing_table_and_column_are_tried_again_when_the_schema_changes(make: MakeNode) -> None:
+    node = make(1, "CREATE TABLE t (id INTEGER PRIMARY KEY, v)")
+    node.apply(wrote("t", ("id", "v", "w"), ((1, "x", 3), stamp(2000, 2))))
+    node.apply(wrote("u", IDV, ((1, "x"), stamp(1000, 2)), ((2, "y"), stamp(1000, 2))))
+    node.apply(deleted("u", ((2,), stamp(2000, 3))))
+    assert len(node.parked()) == 3
+    node.sql("ALTER TABLE t ADD COLUMN w")
+    node.sql("CREATE TABLE u (id INTEGER PRIMARY KEY, v)")
+    node.replica.absorb()
+    node.apply(wrote("t", ("id", "v", "w"), ((9, "z", 9), stamp(1000, 2))))
+    assert node.parked() == []
+    assert node.rows("t") == [(1, "x", 3), (9, "z", 9)]
+    assert node.rows("u") == [(1, "x")]
+    assert node.version("t", 1) == Version(2000, 2)
+    assert node.version("u", 2) == Version(2000, 3)
+    assert node.publish() == [], "what was received is not sent again"
+
+
+def test_a_parked_row_is_tried_again_as_a_normal_row(make: MakeNode) -> None:
+    """Versions are compared again: what was written here meanwhile is not overwritten."""
+    node = make(1, "CREATE TABLE t (id INTEGER PRIMARY KEY, v)")
+    node.apply(wrote("t", ("id", "v", "w"), ((1, "theirs", 3), stamp(EPOCH_MS - 5000, 2))))
+    node.sql("INSERT INTO t VALUES (1, 'mine')")
+    node.publish()
+    node.sql("ALTER TABLE t ADD COLUMN w")
+    node.apply(wrote("t", ("id", "v", "w"), ((9, "z", 9), stamp(1000, 2))))
+    assert node.rows("t")[0][:2] == (1, "mine")
+    assert node.parked() == []
+
+
+def test_a_check_that_was_relaxed_lets_parked_rows_in(make: MakeNode) -> None:
+    node = make(1, CHECKED)
+    node.apply(wrote("t", IDV, ((1, 11), stamp(1000, 2))))
+    node.sql(
+        "BEGIN; CREATE TABLE n (id INTEGER PRIMARY KEY, v); INSERT INTO n SELECT * FROM t; DROP TABLE t;"
+        " ALTER TABLE n RENAME TO t; COMMIT"
+    )
+    node.apply(wrote("t", IDV, ((2, 5), stamp(1000, 2))))
+    assert node.rows("t") == [(1, 11), (2, 5)]
+
+
+def test_a_parked_row_is_dropped_when_an_own_newer_version_was_written(make: MakeNode) -> None:
+    node = make(1, CHECKED)
+    node.apply(wrote("t", IDV, ((1, 11), stamp(1000, 2))))
+    node.sql("INSERT INTO t VALUES (1, 5)")
+    exchange(node)
+    assert node.parked() == []
+
+
+def test_a_parked_row_is_dropped_by_its_key_in_another_spelling(make: MakeNode) -> None:
+    node = make(1, "CREATE TABLE t (id TEXT COLLATE NOCASE PRIMARY KEY, v CHECK (v < 10))")
+    node.apply(wrote("t", IDV, (("a", 11), stamp(1000, 2))))
+    node.apply(wrote("t", IDV, (("A", 5), stamp(2000, 2))))
+    assert node.parked() == []
+
+
+def test_a_poisoned_row_does_not_keep_the_others_of_its_group(make: MakeNode) -> None:
+    node = make(1, CHECKED)
+    node.apply(wrote("t", IDV, ((1, 11), stamp(1000, 2)), ((2, 2), stamp(1000, 2)), ((3, 3), stamp(1000, 2))))
+    assert node.rows("t") == [(2, 2), (3, 3)]
+    assert len(node.parked()) == 1
+
+
+def test_the_conflict_log_records_a_loser_once_and_stays_bounded(
+    make: MakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conflict_log, "KEEP_CONFLICTS", 5)
+    node = make(1, "CREATE TABLE t (id INTEGER PRIMARY KEY, v)")
+    node.apply(wrote("t", IDV, *(((key, "winner"), stamp(5000, 9)) for key in range(8))))
+    losers = [wrote("t", IDV, ((key, "loser"), stamp(1000, 2))) for key in range(8)]
+    node.apply(losers[0], losers[0])
+    node.apply(losers[0])
+    assert node.meta("conflicts_total") == 1
+    node.apply(*losers)
+    assert [key for _, key, _, _, _ in node.conflicts()] == [(3,), (4,), (5,), (6,), (7,)]
+    assert node.meta("conflicts_total") == node.replica.conflicts_total == 8
+
+
+# publish=false.
+
+
+def test_a_publish_false_node_has_no_triggers_and_what_the_cluster_says_wins(make: MakeNode) -> None:
+    node = make(1, "CREATE TABLE t (id INTEGER PRIMARY KEY, v)", publish=False)
+    assert node.query("SELECT count(*) FROM sqlite_schema WHERE type = 'trigger'") == [(0,)]
+    assert node.query("SELECT count(*) FROM sqlite_schema WHERE name LIKE '%change_log'") == [(0,)]
+    node.sql("INSERT INTO t VALUES (1, 'mine')")
+    assert node.publish() == []
+    node.apply(wrote("t", IDV, ((1, "theirs"), stamp(1000, 2))))
+    assert node.rows("t") == [(1, "theirs")]
+
+
+def test_publish_false_and_true_again_guesses_at_current_ts_plus_one_never_at_now(make: MakeNode) -> None:
+    node = make(1, "CREATE TABLE t (id INTEGER PRIMARY KEY, v)")
+    node.apply(wrote("t", IDV, *(((key, "theirs"), stamp(1000, 2)) for key in (1, 2, 3))))
+    node.sql("INSERT INTO t VALUES (4, 'pending')")
+    node.restart(publish=False)
+    node.sql("UPDATE t SET v = 'unseen' WHERE id = 1")
+    node.sql("DELETE FROM t WHERE id = 2")
+    node.sql("INSERT INTO t VALUES (5, 'unseen')")
+    node.restart(publish=True)
+    groups = node.publish()
+    assert sorted(row for row, _ in written(groups, "t")) == [
+        (1, "unseen"),
+        (3, "theirs"),
+        (4, "pending"),
+        (5, "unseen"),
+    ]
+    assert removed(groups, "t") == [(2,)]
+    assert [node.version("t", key) for key in (1, 2, 3, 5)] == [*[Version(1001, 1)] * 3, Version(1, 1)]
+    pending = node.version("t", 4)
+    assert pending is not None and pending.ts == EPOCH_MS + 11
+
+
+def test_nodes_of_both_kinds(make: MakeNode) -> None:
+    script = "CREATE TABLE t (id INTEGER PRIMARY KEY, v UNIQUE)"
+    nodes: list[Node] = [make(1, script), make(2, script), make(3, script, publish=False)]
+    for number, node in enumerate(nodes[:2]):
+        node.clock.tick(number * 100)
+        node.sql("INSERT INTO t VALUES (?, 'same')", (number,))
+    exchange(*nodes)
+    assert [node.rows("t") for node in nodes] == [[(1, "same")]] * 3
+    assert nodes[2].parked() == []

@@ -1,0 +1,78 @@
+"""A hub that loses power before its disk had everything: the log's tail is gone, though it was acknowledged (I3).
+
+JetStream says nothing of it, and gives the sequence numbers out again. The nodes have to notice.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.cluster import Node, eventually, hub_and_leaves
+from tests.e2e.writers import SCHEMA, WRITE, WriterProcess, verify, writing
+
+
+def lose_tail(hub: Node, size: int) -> None:
+    """Kill the hub's daemon and server, and cut the newest block of the stream by `size` bytes."""
+    hub.kill()
+    while hub.signal_server(signal.SIGKILL):
+        time.sleep(0.02)
+    blocks = list(hub.store.glob("jetstream/$G/streams/harmonylite-changes-1/msgs/*.blk"))
+    newest = max(blocks, key=lambda path: int(path.stem))
+    with newest.open("r+b") as block:
+        block.truncate(max(0, newest.stat().st_size - size))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("link_lost", [False, True])
+def test_the_last_acknowledged_row_comes_back(tmp_path: Path, link_lost: bool) -> None:
+    """The smallest loss: one message, whose publisher had its acknowledgement. No other node has the row.
+
+    link_lost: the publisher's connection to NATS breaks at the same time, while its daemon goes on.
+    """
+    cluster, _ = hub_and_leaves(tmp_path, SCHEMA)
+    with cluster:
+        hub, leaf, other = cluster.start().nodes.values()
+        leaf.execute(WRITE, "first", 2, 1, "")
+        cluster.wait_settled()
+        other.stop()
+        hub.signal(signal.SIGSTOP)  # so that it does not read the row either; its server goes on
+        leaf.execute(WRITE, "second", 2, 2, "")
+        eventually(leaf.settled, 30, "the leaf has the acknowledgement")
+        if link_lost:
+            leaf.signal_server(signal.SIGKILL)
+        lose_tail(hub, 8)
+        hub.start()
+        other.start()
+        leaf.execute(WRITE, "third", 2, 3, "")  # takes the sequence of the lost one
+        cluster.wait_settled()
+        for node in (hub, leaf, other):
+            assert node.execute("SELECT id FROM item ORDER BY sequence") == [("first",), ("second",), ("third",)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.02, 0.5, 1.0])
+def test_nothing_is_lost_with_the_tail(tmp_path: Path, share: float) -> None:
+    """Writers on all nodes; `share` of the stream's newest block is gone."""
+    cluster, _ = hub_and_leaves(tmp_path, SCHEMA)
+    nodes = list(cluster.nodes.values())
+    writers = [WriterProcess(node.db, node.node_id, seed=node.node_id, pause_ms=10) for node in nodes]
+    with cluster:
+        hub = cluster.start().nodes[1]
+        with writing(writers):
+            for _ in range(2):
+                time.sleep(3)
+                size = sum(path.stat().st_size for path in hub.store.glob("jetstream/$G/streams/*-1/msgs/*.blk"))
+                lose_tail(hub, round(size * share))
+                hub.start()
+                eventually(lambda: all(node.connected() for node in nodes), 30, "all nodes are back")
+        settled = cluster.wait_settled()
+        verdict = verify(cluster.databases(), [write for writer in writers for write in writer.writes()])
+        noticed = [node.log_text().count("the log does not continue") for node in nodes]
+        print(f"{share:.0%} of the block lost, twice; noticed {noticed}; settled after {settled:.1f} s; {verdict}")
+        assert not verdict.lost, "\n".join(verdict.lost[:20])
+        assert not verdict.alien
+        assert any(noticed)

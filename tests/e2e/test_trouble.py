@@ -1,0 +1,167 @@
+"""Trouble an operator can cause or meet: one clear line, the application undisturbed, and all well again afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.cluster import QUICK, Cluster, Node, eventually, hub_and_leaves
+from tests.e2e.writers import SCHEMA, WRITE
+from tests.stream.support import bare_server, free_port, nats_server_binary
+
+pytestmark = pytest.mark.slow
+
+
+def write_rows(node: Node, count: int, size: int = 10, name: str = "row") -> None:
+    """Rows that do not compress; the application is never refused or held up."""
+    with node.open_db() as connection:
+        for number in range(count):
+            row = (f"{name}-{number}", node.node_id, number, os.urandom(size // 2).hex())
+            connection.execute(WRITE, row)
+
+
+def lines_with(node: Node, text: str) -> list[str]:
+    return [line for line in node.log_text().splitlines() if text in line]
+
+
+def test_a_port_that_is_in_use(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as occupant, Cluster(tmp_path, SCHEMA) as cluster:
+        port = occupant.getsockname()[1]
+        hub = cluster.add(1, {"nats": {"leaf_listen": f"127.0.0.1:{port}", **QUICK}})
+        leaf = cluster.add(2, {"nats": {"leaf_servers": [f"nats-leaf://127.0.0.1:{port}"], **QUICK}})
+        hub.start()
+        eventually(lambda: lines_with(hub, str(port)), 20, "a line that names the port")
+        [line, *_] = lines_with(hub, str(port))
+        assert "in use" in line, line
+        write_rows(hub, 20)
+        occupant.close()
+        leaf.start()
+        cluster.wait_settled(60)
+        assert leaf.execute("SELECT count(*) FROM item") == [(20,)]
+
+
+def test_a_server_program_that_is_missing(tmp_path: Path) -> None:
+    with Cluster(tmp_path, SCHEMA) as cluster:
+        binary = tmp_path / "nats-server"
+        node = cluster.add(1, {"nats": {"server_binary": str(binary), **QUICK}})
+        node.start()
+        eventually(lambda: lines_with(node, str(binary)), 20, "a line that names the program")
+        [line, *_] = lines_with(node, str(binary))
+        assert "there is no" in line, line
+        write_rows(node, 20)
+        eventually(lambda: (node.status() or {}).get("pending_rows") == 20, 10, "the rows wait")
+        binary.symlink_to(nats_server_binary())
+        cluster.wait_settled(60)
+
+
+def test_a_store_that_is_full(tmp_path: Path) -> None:
+    """An external server whose store has no room: the rows wait, and go out once it has some."""
+    port = free_port()
+    url = f"nats://127.0.0.1:{port}"
+    folder = tmp_path / "nats"
+    with Cluster(tmp_path, SCHEMA) as cluster:
+        one, other = [cluster.add(number, {"nats": {"urls": [url], **QUICK}}) for number in (1, 2)]
+        with bare_server(folder, "jetstream { max_file_store: 1MB }", port=port):
+            cluster.start()
+            write_rows(one, 1, name="small")
+            cluster.wait_settled()
+            write_rows(one, 3000, 1000, name="large")
+            eventually(lambda: lines_with(one, "insufficient"), 20, "a line that says what is full")
+            write_rows(one, 20, name="late")
+            assert len(lines_with(one, "insufficient")) < 5, "one line now and then is enough"
+            status = one.status()
+            assert status is not None
+            assert status["pending_rows"], status
+            eventually(lambda: "insufficient" in " ".join((one.status() or {})["reasons"]), 20, "the status says it too")
+        with bare_server(folder, port=port):
+            cluster.wait_settled(60)
+            assert other.execute("SELECT count(*) FROM item") == [(3021,)]
+
+
+def test_a_hub_with_a_tiny_store(tmp_path: Path) -> None:
+    """The stream drops its oldest messages rather than refuse new ones; nodes that are up get every row."""
+    cluster, _ = hub_and_leaves(tmp_path, SCHEMA, 1)
+    with cluster:
+        hub, leaf = cluster.nodes.values()
+        hub.configure({"nats": {**hub.settings["nats"], "max_store": 1 << 20}})
+        cluster.start()
+        eventually(lambda: "caught up" in leaf.log_text(), 20, "the leaf replicates")
+        for batch in range(20):
+            for node in (leaf, hub):
+                write_rows(node, 50, 4000, name=f"n{node.node_id}-{batch}")
+            eventually(lambda: cluster.converged(), 30, "all rows everywhere")
+        assert hub.execute("SELECT count(*) FROM item") == [(2000,)]
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    folder.mkdir(parents=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no small disk: mount needs root ({mounted.stderr.decode().strip()})")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=False)
+
+
+def test_a_disk_that_is_full(tmp_path: Path) -> None:
+    """Of the node that receives: one line, the daemon stays up, and what waited arrives when there is room."""
+    disk = tmp_path / "node2"
+    with small_disk(disk, "16m"):
+        cluster, _ = hub_and_leaves(tmp_path, SCHEMA, 1)
+        with cluster:
+            hub, leaf = cluster.start().nodes.values()
+            write_rows(hub, 10, name="before")
+            cluster.wait_settled()
+            ballast = disk / "ballast"
+            fill(ballast)
+            write_rows(hub, 200, 20_000, name="big")
+            eventually(lambda: lines_with(leaf, "cannot be written"), 20, "a line about the disk")
+            with pytest.raises(sqlite3.OperationalError, match="full|disk I/O"):
+                write_rows(leaf, 200, 20_000, name="local")
+            assert leaf.running
+            states = [leaf.status() for _ in range(10)]
+            assert all(status and status["status"] != "healthy" for status in states), states[-1]
+            assert len(lines_with(leaf, "cannot be written")) < 5, "one line now and then is enough"
+            ballast.unlink()
+            eventually(
+                lambda: leaf.execute("SELECT count(*) FROM item WHERE id LIKE 'big%'") == [(200,)], 60, "all rows"
+            )
+            write_rows(leaf, 10, name="after")
+            cluster.wait_settled()
+            assert "Traceback" not in leaf.log_text()
+            assert "SIGBUS" not in leaf.log_text()
+            assert leaf.stop() == 0
+
+
+def fill(path: Path) -> None:
+    """Take all the room there is."""
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        for size in (1 << 20, 1 << 12, 1):
+            with contextlib.suppress(OSError):
+                while file.write(bytes(size)):
+                    pass
+
+
+def test_a_server_that_keeps_dying_does_not_disturb_the_application(tmp_path: Path) -> None:
+    """Killed again and again: said once each time, counted, unhealthy after some; well again by itself."""
+    with Cluster(tmp_path, SCHEMA) as cluster:
+        node = cluster.add(1, {"nats": {**QUICK}})
+        cluster.start()
+        for number in range(3):
+            eventually(lambda: node.signal_server(signal.SIGKILL), 30, "a server to kill")
+            write_rows(node, 5, name=f"kill-{number}")
+        eventually(lambda: (node.status() or {}).get("status") == "unhealthy", 20, "unhealthy")
+        eventually(node.settled, 30, "the node works again")
+        assert lines_with(node, "killed by signal 9")
