@@ -142,18 +142,21 @@ class Daemon:
         replicating = asyncio.create_task(self._replicate())
         keeping = asyncio.create_task(self._housekeeper.run(self._opened, self._on_replaced))
         sleeping = asyncio.create_task(self._fall_asleep())
-        tasks = [opening, replicating, keeping, sleeping]
+        stopping = asyncio.create_task(self._stop.wait())
+        tasks = {opening, replicating, keeping, sleeping}
+        running = {stopping, *tasks}
         try:
-            stopping = asyncio.create_task(self._stop.wait())
-            await asyncio.wait([stopping, *tasks[:1]], return_when=asyncio.FIRST_EXCEPTION)
-            if opening.done() and opening.exception() is not None:
-                log.error("not started", extra={"fields": {"reason": str(opening.exception())}})
-                return 1
-            await stopping
+            while not stopping.done():
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    if (error := task.exception()) is not None:
+                        event = "not started" if task is opening else "a part of the daemon failed; it stops"
+                        log.error(event, extra={"fields": {"reason": str(error) or type(error).__name__}})
+                        return 1
             await self._last_call()
             return 0
         finally:
-            for task in tasks:
+            for task in (stopping, *tasks):
                 await cancelled(task)
 
     async def _open(self) -> None:
@@ -195,9 +198,17 @@ class Daemon:
             and self._progress.publishing
         ):
             self._wakeup.set()
-            if not await self._engine.pending():
+            if await self._pending() == 0:
                 return
             await asyncio.sleep(0.05)
+
+    async def _pending(self) -> int | None:
+        """Pending rows; None if the database does not tell."""
+        try:
+            return await self._engine.pending()
+        except apsw.Error as error:
+            self._trouble.warning("pending rows cannot be counted", {"error": str(error)})
+            return None
 
     async def _fall_asleep(self) -> None:
         """`sleep_timeout`: exit after a while without any change, for hosts that scale to zero."""
@@ -208,7 +219,7 @@ class Daemon:
         seen = (-1, -1)
         while True:
             now = (self._metrics.published.value, self._metrics.applied.value)
-            if now == seen and self._opened.is_set() and not await self._engine.pending():
+            if now == seen and self._opened.is_set() and await self._pending() == 0:
                 log.info("no change for a while, stopping", extra={"fields": {"sleep_timeout_s": timeout_s}})
                 self._stop.set()
                 return

@@ -18,6 +18,7 @@ from typing import TypeVar
 import apsw
 
 from harmonylite import clock, wire
+from harmonylite.clock import ServerClock, Step
 from harmonylite.db.outbox import OutgoingGroup
 from harmonylite.db.replica import Applied, Pinned, Replica, newest_ms
 from harmonylite.db.versions import Correction
@@ -65,6 +66,7 @@ class Engine:
         self._busy = Repeated(log)
         self._snapshot: Iterator[OutgoingGroup] | None = None
         self._pinned_at = 0.0
+        self._clock_lock = asyncio.Lock()
         self.last_error: str | None = None
         self.last_applied_s: float | None = None
         self.last_published_s: float | None = None
@@ -129,8 +131,7 @@ class Engine:
             quick = await self.write(lambda: self._quick(after))
             if quick is not None:
                 return quick
-            self._snapshot = await self._pin(after)
-            self._pinned_at = time.monotonic()
+            await self._pin(after)
         return await self._on_reader(self._next_piece)
 
     def _quick(self, after: int) -> list[Packed] | None:
@@ -146,31 +147,40 @@ class Engine:
         groups = replica.outgoing(after, on_writer=True)
         if groups is None:  # the application was faster
             return None
-        return [self._pack(group) for group in groups]
+        try:
+            return [self._pack(group) for group in groups]
+        finally:
+            groups.close()
 
-    async def _pin(self, after: int) -> Iterator[OutgoingGroup]:
+    async def _pin(self, after: int) -> None:
         for _ in range(3):
-            while await self.absorb():
-                pass
-            groups = await self._on_reader(lambda: self.replica.outgoing(after))
-            if groups is not None:
-                return groups
+            await self._absorb_all()
+            if await self._on_reader(lambda: self._try_pin(after)):
+                return
         locked = await self.write(
             lambda: self.replica.outgoing_locked(after, self.time.bound_ms(), self.time.correction)
         )
-        return iter(locked)
+        self._snapshot, self._pinned_at = iter(locked), time.monotonic()
+
+    def _try_pin(self, after: int) -> bool:
+        # Kept by this very job: whoever waits for it may be cancelled meanwhile, and `release` has to find it.
+        self._snapshot, self._pinned_at = self.replica.outgoing(after), time.monotonic()
+        return self._snapshot is not None
 
     def _next_piece(self) -> list[Packed]:
-        assert self._snapshot is not None
         piece: list[Packed] = []
         rows = 0
-        for group in self._snapshot:
-            piece.append(self._pack(group))
-            rows += len(group.group)
-            if not group.torn and time.monotonic() - self._pinned_at > PINNED_S:
-                break
-            if rows >= INLINE_ROWS:
-                return piece
+        try:
+            for group in self._snapshot or ():
+                piece.append(self._pack(group))
+                rows += len(group.group)
+                if not group.torn and time.monotonic() - self._pinned_at > PINNED_S:
+                    break
+                if rows >= INLINE_ROWS:
+                    return piece
+        except BaseException:
+            self._let_go()
+            raise
         self._let_go()
         return piece
 
@@ -225,14 +235,22 @@ class Engine:
         return await self._on_writer(lambda: self.replica.position(stream))
 
     async def pending(self) -> int:
-        return await self._on_reader(self.replica.pending)
+        return await self._ask(self.replica.pending)
 
     async def parked(self) -> int:
-        return await self._on_reader(self.replica.parked)
+        return await self._ask(self.replica.parked)
 
     async def logged(self) -> int:
         """Changes that are not absorbed yet."""
-        return await self._on_reader(self.replica.logged)
+        return await self._ask(self.replica.logged)
+
+    async def _ask(self, question: Callable[[], int]) -> int:
+        try:
+            return await self._on_reader(question)
+        except apsw.SQLError:
+            # The schema changed: a table went, or the writer is just installing one that the reader cannot see yet.
+            await self._on_writer(self.replica.follow_schema)
+            return await self._on_reader(question)
 
     async def ping(self) -> None:
         """Returns when both threads are free and the database answers."""
@@ -243,14 +261,31 @@ class Engine:
         """See Replica.absorb."""
         return await self.write(lambda: self.replica.absorb(self.time.bound_ms(), self.time.correction))
 
+    async def _absorb_all(self) -> int:
+        taken = 0
+        while count := await self.absorb():
+            taken += count
+        return taken
+
+    async def shorten_log(self, longer_than: int) -> int:
+        """Absorb everything if more than so many changes are logged. Returns how many were taken."""
+        return await self._absorb_all() if await self.logged() >= longer_than else 0
+
+    async def follow_schema(self) -> None:
+        """See Replica.follow_schema."""
+        await self.write(self.replica.follow_schema)
+
     async def audit(self) -> int:
         """Look for rows that went unseen by triggers. Returns how many were found; they are published as deletes."""
         found = 0
-        for table in list(self.replica.schema.tables.values()):
-            keys = await self._on_reader(partial(self.replica.find_vanished, table))
+        await self._absorb_all()
+        for name in [table.name for table in self.replica.schema.tables.values()]:
+            await self._absorb_all()  # a delete that is still in the log was seen, and has its own time
+            table = self.replica.schema.table(name)
+            keys = await self._on_reader(partial(self.replica.find_vanished, table)) if table else []
             if keys:
                 found += len(keys)
-                await self.write(partial(self.replica.log_vanished, table.name, keys))
+                await self.write(partial(self.replica.log_vanished, name, keys))
         return found
 
     async def prune(self, server_ms: int) -> int:
@@ -259,27 +294,37 @@ class Engine:
 
     async def server_time(self, server_ms: int, round_trip_ms: float) -> None:
         """The server answered just now with its time: bound, correct, raise the floor (DESIGN 8)."""
-        moved = self.time.sample(server_ms, round_trip_ms)
-        if moved:
-            await self.write(
-                lambda: self.replica.shift_clock(
-                    from_ms=self.time.boot_started_ms, to_ms=clock.wall_ms(), delta_ms=moved
-                )
+        server = self.time.heard(server_ms, round_trip_ms)
+        async with self._clock_lock:
+            # First: a clock that was just set agrees with the server, but what was written before does not.
+            await self._correct_steps(server)
+            await self.write(lambda: self._believe(server))
+            await self.write(lambda: self.replica.server_time(server_ms, self.time.correction))
+
+    def _believe(self, server: ServerClock) -> None:
+        """On the writer's thread, in one job: nothing is absorbed between the shift and what follows from it."""
+        proposal = self.time.propose(server)
+        if proposal.moved_ms:
+            self.replica.shift_clock(
+                from_ms=self.time.boot_started_ms, to_ms=clock.wall_ms(), delta_ms=proposal.moved_ms
             )
-        await self.write(lambda: self.replica.server_time(server_ms, self.time.correction))
+        self.time.commit(proposal)
 
     async def check_clock(self) -> None:
         """Correct what was written before the wall clock was set."""
-        step = self.time.check_step()
-        if step is None:
-            return
-        wrong = self.time.correction.delta_ms
-        if wrong:
+        async with self._clock_lock:
+            await self._correct_steps(self.time.server)
+
+    async def _correct_steps(self, server: ServerClock) -> None:
+        while (step := self.time.check_step()) is not None:
+            await self.write(partial(self._correct_step, step, server))
+
+    def _correct_step(self, step: Step, server: ServerClock) -> None:
+        """On the writer's thread. Done again as a whole if it fails, or if nobody waits for it any more."""
+        if wrong := self.time.correction.delta_ms:
             until = Correction(wrong, step.before_ms)
-            await self.write(lambda: self.replica.absorb(self.time.bound_ms(), until))
-        elif self.time.is_trusted():
+            self.replica.absorb(self.time.bound_ms(), until)
+        elif self.time.is_trusted(server):
             started = self.time.boot_started_ms
-            await self.write(
-                lambda: self.replica.shift_clock(from_ms=started, to_ms=step.before_ms, delta_ms=step.delta_ms)
-            )
+            self.replica.shift_clock(from_ms=started, to_ms=step.before_ms, delta_ms=step.delta_ms)
         self.time.stepped()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from harmonylite.config import Config
 from harmonylite.engine import Engine
+from harmonylite.observe.log import Repeated
 from harmonylite.observe.notify import Notifier, watchdog_interval
 from harmonylite.observe.status import summary
 from harmonylite.report import Reporter
@@ -37,31 +38,27 @@ class Housekeeper:
         self._connection = connection
         self._reporter = reporter
         self._notifier = notifier
+        self._refreshed = 0.0
         self.touched = True
 
     async def run(self, opened: asyncio.Event, on_replaced: Callable[[], None]) -> None:
         """For ever. on_replaced: called once when the database's path leads to another file than at `opened`."""
         jobs = [
-            self._watch_clock(opened),
+            _every(self._interval_s, "status", lambda: self._keep_house(opened)),
             self._watch_file(opened, on_replaced),
-            self._keep_house(opened),
-            self._forget_tombstones(opened),
-            self._audit(opened),
+            _every(CLOCK_S, "clock", self._engine.check_clock, opened),
+            _every(HOURLY_S, "tombstones", self._forget_tombstones, opened),
+            _every(HOURLY_S, "audit", self._audit, opened, delay_s=HOURLY_S),
         ]
         if (interval := watchdog_interval()) is not None:
-            jobs.append(self._feed_watchdog(interval, opened))
+            jobs.append(_every(interval, "watchdog", lambda: self._feed_watchdog(opened)))
         await run_together(*jobs)
 
-    async def _watch_clock(self, opened: asyncio.Event) -> None:
-        await opened.wait()
-        while True:
-            await self._engine.check_clock()
-            await asyncio.sleep(CLOCK_S)
-
     async def _watch_file(self, opened: asyncio.Event, on_replaced: Callable[[], None]) -> None:
+        """A file that is gone comes back, perhaps: only another one in its place is a reason to start again."""
         await opened.wait()
         first = self._file_id()
-        while self._file_id() == first:
+        while (now := self._file_id()) is None or now == first:
             await asyncio.sleep(CLOCK_S)
         on_replaced()
         await asyncio.Event().wait()
@@ -73,49 +70,58 @@ class Housekeeper:
             return None
         return status.st_dev, status.st_ino
 
-    async def _feed_watchdog(self, interval_s: float, opened: asyncio.Event) -> None:
+    async def _feed_watchdog(self, opened: asyncio.Event) -> None:
         """Only while the database answers, once it was opened: a daemon that hangs on it is started again."""
-        while True:
-            if opened.is_set():
-                await self._engine.ping()
-            self._notifier.watchdog()
-            await asyncio.sleep(interval_s)
+        if opened.is_set():
+            await self._engine.ping()
+        self._notifier.watchdog()
 
     async def _keep_house(self, opened: asyncio.Event) -> None:
-        refreshed = 0.0
-        while True:
-            self._notifier.status(summary(self._reporter.current()))
-            await asyncio.sleep(self._interval_s)
-            if not opened.is_set():
-                continue
-            if self.touched or time.monotonic() - refreshed > QUIET_REFRESH_S:
-                self.touched = False
-                refreshed = time.monotonic()
-                await self._reporter.refresh()
-                if not self._connection.connected:
-                    await self._shorten_log()
-
-    async def _shorten_log(self) -> None:
-        if await self._engine.logged() < LONG_LOG_ROWS:
+        self._notifier.status(summary(self._reporter.current()))
+        if not opened.is_set():
             return
-        taken = 0
-        while count := await self._engine.absorb():
-            taken += count
-        log.debug("absorbed a long change log while offline", extra={"fields": {"rows": taken}})
+        if not self.touched and time.monotonic() - self._refreshed <= QUIET_REFRESH_S:
+            return
+        touched, self.touched = self.touched, False
+        self._refreshed = time.monotonic()
+        if touched:
+            # Connected or not: a table that is new is captured from its first rows on.
+            await self._engine.follow_schema()
+        await self._reporter.refresh()
+        if not self._connection.connected and (taken := await self._engine.shorten_log(LONG_LOG_ROWS)):
+            log.debug("absorbed a long change log while offline", extra={"fields": {"rows": taken}})
 
-    async def _forget_tombstones(self, opened: asyncio.Event) -> None:
-        await opened.wait()
-        while True:
-            server_ms = self._engine.time.server.now_ms()
-            if self._connection.connected and server_ms is not None:
-                while forgotten := await self._engine.prune(server_ms):
-                    log.debug("tombstones forgotten", extra={"fields": {"rows": forgotten}})
-            await asyncio.sleep(HOURLY_S)
+    async def _forget_tombstones(self) -> None:
+        server_ms = self._engine.time.server.now_ms()
+        if self._connection.connected and server_ms is not None:
+            while forgotten := await self._engine.prune(server_ms):
+                log.debug("tombstones forgotten", extra={"fields": {"rows": forgotten}})
 
-    async def _audit(self, opened: asyncio.Event) -> None:
+    async def _audit(self) -> None:
         """Second line behind the triggers: rows that should be there and are not."""
+        if found := await self._engine.audit():
+            log.warning("rows were gone that no trigger had seen", extra={"fields": {"rows": found}})
+
+
+async def _every(
+    interval_s: float,
+    name: str,
+    job: Callable[[], Awaitable[None]],
+    opened: asyncio.Event | None = None,
+    *,
+    delay_s: float = 0.0,
+) -> None:
+    """Do a job again and again, `interval_s` apart, from when the database is open. One that fails is tried again at
+    its next turn: nothing that goes wrong here may end the others."""
+    trouble = Repeated(log)
+    if opened is not None:
         await opened.wait()
-        while True:
-            await asyncio.sleep(HOURLY_S)
-            if found := await self._engine.audit():
-                log.warning("rows were gone that no trigger had seen", extra={"fields": {"rows": found}})
+    await asyncio.sleep(delay_s)
+    while True:
+        try:
+            await job()
+        except Exception as error:
+            trouble.error(
+                "housekeeping failed; it is done again", {"job": name, "error": f"{type(error).__name__}: {error}"}
+            )
+        await asyncio.sleep(interval_s)

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 
 from nats.aio.client import Client
 
+from harmonylite.db.database import PositionsLostError
 from harmonylite.engine import Engine, Packed
 from harmonylite.model import Position
 from harmonylite.observe.log import Repeated
 from harmonylite.stream.consumer import Consumer, GapFound
 from harmonylite.stream.log import LogError, LogSettings, StreamState, ensure_streams, stream_state
-from harmonylite.stream.publisher import Publisher, PublishFailed
+from harmonylite.stream.publisher import Published, Publisher, PublishFailed
 from harmonylite.tasks import run_together, wait_first
 
 log = logging.getLogger(__name__)
@@ -99,7 +100,10 @@ class Session:
         self._tolerance_ms = tolerance_ms
         self._publisher = Publisher(client, settings)
         self._reached: dict[str, asyncio.Event] = {}
-        self._in_flight: deque[tuple[Packed, asyncio.Task[object]]] = deque()
+        self._in_flight: deque[tuple[Packed, asyncio.Task[Published]]] = deque()
+        # Acknowledged, but not read back: what a log has only acknowledged, it can still lose unseen by the gap test.
+        self._unread: deque[tuple[int, Packed]] = deque()
+        self._own_position = 0
         self._trouble = Repeated(log)
 
     async def run(self) -> None:
@@ -142,6 +146,12 @@ class Session:
             except GapFound as gap:
                 position = await self._bridge(gap)
                 state = await stream_state(self._client, self._settings, state.name)
+            except PositionsLostError as lost:
+                log.warning(
+                    "what was read of the stream is read again",
+                    extra={"fields": {"stream": state.name, "reason": str(lost)}},
+                )
+                position = await self._engine.position(state.name) or Position(state.name, "", 0)
             finally:
                 if self._client.is_connected:
                     await consumer.close()
@@ -159,15 +169,26 @@ class Session:
     async def _follow(self, consumer: Consumer, stream: str, end: int) -> None:
         progress = self._progress
         while True:
-            if consumer.read_through >= end and not self._reached[stream].is_set():
+            if consumer.checked and consumer.read_through >= end and not self._reached[stream].is_set():
                 self._reached[stream].set()
                 progress.catching_up = not all(event.is_set() for event in self._reached.values())
-            delivery = await consumer.read()
+            # The first read makes the gap test, and does not wait for messages that may not come.
+            delivery = await (consumer.read() if consumer.checked else consumer.read(wait_s=0))
             progress.ends[stream] = max(progress.ends.get(stream, 0), consumer.read_through)
-            if delivery.position.sequence != progress.positions.get(stream) or delivery.groups:
+            sequence = delivery.position.sequence
+            if sequence != progress.positions.get(stream) or delivery.groups or delivery.undecodable:
                 await self._engine.apply(delivery)
-                progress.positions[stream] = delivery.position.sequence
-                self._engine.metrics.stream_position.labels(stream).set(delivery.position.sequence)
+                progress.positions[stream] = sequence
+                self._engine.metrics.stream_position.labels(stream).set(sequence)
+            if stream == self._settings.own_stream:
+                # After the position was noted: then no position is stored that is older than the watermark.
+                self._own_position = sequence
+                self._mark_read()
+
+    def _mark_read(self) -> None:
+        """Groups that this node has seen in the stream are published, once and for all."""
+        while self._unread and self._unread[0][0] <= self._own_position:
+            self._engine.published(self._unread.popleft()[1])
 
     async def _bridge(self, gap: GapFound) -> Position:
         """The log lost messages that this node needs, or became another one.
@@ -183,6 +204,9 @@ class Session:
             " log's beginning; changes that only the lost messages held may be missing here",
             extra={"fields": {"stream": gap.stream, "reason": gap.reason, "from": position.sequence + 1}},
         )
+        if gap.stream == self._settings.own_stream:
+            self._unread.clear()
+            self._own_position = 0
         await self._engine.write(lambda: self._engine.replica.start_over(position))
         return position
 
@@ -239,14 +263,18 @@ class Session:
         while self._in_flight and (wait or self._in_flight[0][1].done()):
             group, task = self._in_flight[0]
             try:
-                await task
+                published = await task
             except PublishFailed:
                 # Those behind it may be stored or not: all of them are sent again.
                 await asyncio.gather(*(each for _, each in self._in_flight), return_exceptions=True)
                 self._in_flight.clear()
                 raise
             self._in_flight.popleft()
-            self._engine.published(group)
+            if self._mode.replicate:
+                self._unread.append((max(published.sequences), group))
+                self._mark_read()
+            else:
+                self._engine.published(group)
             wait = False
 
     async def _idle(self) -> None:

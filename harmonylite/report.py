@@ -53,6 +53,8 @@ class Reporter:
             self._pending = await self._engine.pending()
             self._parked = await self._engine.parked()
             self._opened, self.database_error = True, None
+        except (apsw.BusyError, apsw.LockedError):
+            pass  # the application holds its lock: what was counted last is as good
         except apsw.Error as error:
             self.database_error = str(error)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Coroutine
 from typing import Any
 
@@ -25,12 +24,11 @@ async def run_together(*coroutines: Coroutine[Any, Any, None]) -> None:
 
 
 async def cancelled(task: asyncio.Task[Any] | None) -> None:
-    """Cancel a task and wait until it is gone."""
+    """Cancel a task and wait until it is gone; how it ended is not told, so that the caller's clean-up goes on."""
     if task is None:
         return
     task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def wait_first(*events: asyncio.Event, timeout_s: float | None = None) -> bool:

@@ -266,7 +266,7 @@ class Config:
         90.0, rules.number(1, 36500, "days"), "deletes are remembered so long; longer than a node is offline"
     )
     max_transaction_bytes: int = _key(
-        64 << 20, rules.size(64 << 10, 1 << 30), "a larger transaction arrives in steps, which is logged"
+        64 << 20, rules.size(64 << 10, 128 << 20), "a larger transaction arrives in steps, which is logged"
     )
     replication_log: ReplicationLog = _table(ReplicationLog, "The streams that hold the changes.")
     snapshot: Snapshot = _table(Snapshot, "Copies of the database from which new or late nodes catch up.")

@@ -72,6 +72,7 @@ class Consumer:
 
     is_own (Publisher.is_own) with tolerance_ms: messages of this process are passed without being decoded, unless a
     version in them lies more than the tolerance after the time they were stored at.
+    joiner makes an empty Joiner, whenever reading starts again: its limits bound what open groups hold in memory.
     """
 
     def __init__(
@@ -83,15 +84,18 @@ class Consumer:
         *,
         is_own: IsOwn | None = None,
         tolerance_ms: int = 0,
+        joiner: Callable[[], wire.Joiner] = wire.Joiner,
     ) -> None:
         self._client = client
         self._settings = settings
         self._stream = stream
         self._is_own = is_own
         self._tolerance_ms = tolerance_ms
+        self._new_joiner = joiner
         self._position = position
         self._session: PullSession | None = None
         self._gap: GapFound | None = None
+        self._checked = False
         # Times of the messages just before groups that opened: the position may have to stay there.
         self._marks: dict[int, int] = {}
         self._next_start = 0.0
@@ -107,6 +111,11 @@ class Consumer:
         """The last sequence that was read; the position stays behind it while a group is open."""
         return self._last_sequence
 
+    @property
+    def checked(self) -> bool:
+        """Whether the stream was found to go on after the position (the gap test)."""
+        return self._checked
+
     async def read(
         self,
         *,
@@ -118,7 +127,8 @@ class Consumer:
 
         One read looks at no more than `max_messages`, and at `max_bytes` of payload plus one message; the parts of a
         group that is still open are kept beside that. A delivery without groups can still move the position.
-        Groups between the parts of a group that was open at the position come again after a restart.
+        Groups between the parts of a group that was open at the position come again after a restart, or when so
+        many bytes of open groups came at a time that one of them has to be read again.
 
         Raises GapFound (again on every call; what came before the gap was returned), StreamMissing, ApiError, or
         StreamUnavailable if no consumer could be had within `wait_s` (at once if the client is closed): a later read
@@ -179,6 +189,7 @@ class Consumer:
         if not lineage.intact:
             found = state.first_seq if state.first_seq > seen.sequence + 1 else None
             raise self._broken(found, lineage.reason)
+        self._checked = True
         if not self._position.created:
             position = self._position
             self._position = Position(position.stream, state.created, position.sequence, position.stored_ns)
@@ -216,12 +227,16 @@ class Consumer:
             raise
         self._position = position
         self._marks = {mark: ns for mark, ns in self._marks.items() if mark >= position.sequence}
+        if self._joiner.must_read_again:
+            # The shelved group begins just after the position, which has moved since reading began.
+            self._start_over()
+            session.give_up("a group did not fit beside older ones and is read again")
         return Delivery(position, groups, undecodable)
 
     def _start_over(self) -> None:
         self._last_sequence = self._position.sequence
         self._last_ns = self._position.stored_ns
-        self._joiner = wire.Joiner()
+        self._joiner = self._new_joiner()
         self._marks = {}
 
     def _join(self, messages: Sequence[StoredMessage]) -> _Joined:
@@ -232,6 +247,8 @@ class Consumer:
                 break
             self._take_part(message, joined)
             self._last_sequence, self._last_ns = message.sequence, message.stored_ns
+            if self._joiner.must_read_again:
+                break
         return joined
 
     def _take_part(self, message: StoredMessage, joined: _Joined) -> None:

@@ -23,7 +23,9 @@ HEADER_VERSION = 1
 _MAGIC = b"HL"
 
 DEFAULT_OPEN_LIMIT_MS = 3_600_000
-DEFAULT_MAX_OPEN_BYTES = 256 * 1024 * 1024
+# The largest group, 128 MiB of values (config: max_transaction_bytes), may have twice the bytes here: publishers
+# measure in memory, where a Latin-1 letter takes one byte. The rest is for versions, headers and parts.
+DEFAULT_MAX_OPEN_BYTES = 272 * 1024 * 1024
 
 # What a held part costs beside its bytes (the bytes object, its slot): many tiny parts must not escape the limit.
 _PART_OVERHEAD_BYTES = 128
@@ -92,32 +94,48 @@ def parse_part(data: bytes | memoryview) -> Part:
     return Part(publisher, number, index, count, total, crc, max_ts, body)
 
 
+# What all parts of one payload have in common, and no other payload of any publisher: its publisher, `payload_id`.
+_Key = tuple[int, tuple[int, int, int, int]]
+
+
 @dataclass(slots=True)
 class _OpenGroup:
-    payload_id: tuple[int, int, int, int]
+    count: int
     first_sequence: int
     first_stored_ms: int
     bodies: dict[int, bytes] = field(default_factory=dict)
+    """What arrived, by index; of a shelved group only the indexes: all are empty."""
+    body_bytes: int = 0
+    shelved: bool = False
+
+    @property
+    def all_seen(self) -> bool:
+        return len(self.bodies) == self.count
 
     @property
     def held_bytes(self) -> int:
-        return sum(map(len, self.bodies.values())) + _PART_OVERHEAD_BYTES * len(self.bodies)
+        return 0 if self.shelved else self.body_bytes + _PART_OVERHEAD_BYTES * len(self.bodies)
 
 
 class Joiner:
     """Joins the parts of one stream to payloads; holds the open groups: those of which some parts have arrived.
 
     A group opens with its part 0; after that its parts may come in any order, mixed with other publishers' parts.
-    An open group is dropped
+    An open group is dropped while parts of it are missing
 
     - when its publisher starts or completes a group with a higher number: it gave this one up, and sends its rows
       again in another. A lower number drops nothing: a message that had timed out may be stored late, in the middle
       of a later group;
-    - when a message arrives that was stored more than `open_limit_ms` after the group's first one;
-    - when more than `max_open_bytes` are held and it is the oldest.
+    - when a message arrives that was stored more than `open_limit_ms` after the group's first one.
 
     So a publisher that sends one part again because its acknowledgement is missing may do just that; one that sends
     part 0 again sends all of them.
+
+    When more than `max_open_bytes` are held, the newest open groups are shelved: their publishers may have every
+    acknowledgement, so they stay open, also when no part of them is missing any more, but without their bytes. Once
+    the oldest open group is a shelved one (`must_read_again`), the reader goes back to just before it, with a new
+    Joiner. That ends: from there on this group is the oldest one, which always fits, so each time at least one more
+    group is behind the reader for good.
     """
 
     def __init__(
@@ -125,7 +143,7 @@ class Joiner:
     ) -> None:
         self._open_limit_ms = open_limit_ms
         self._max_open_bytes = max_open_bytes
-        self._open: dict[tuple[int, int], _OpenGroup] = {}  # by publisher and number, oldest first
+        self._open: dict[_Key, _OpenGroup] = {}  # oldest first
         # By publisher: the payload completed last, and the sequence of its last part.
         self._completed: dict[int, tuple[tuple[int, int, int, int], int]] = {}
         self._open_bytes = 0
@@ -147,8 +165,13 @@ class Joiner:
         return self._open_bytes
 
     def first_open_sequence(self) -> int | None:
-        """The smallest sequence at which a still open group began: the reader's position has to stay before it."""
-        return min((group.first_sequence for group in self._open.values()), default=None)
+        """The sequence at which the oldest open group began: the reader's position has to stay before it."""
+        return next((group.first_sequence for group in self._open.values()), None)
+
+    @property
+    def must_read_again(self) -> bool:
+        """Whether reading has to start again at `first_open_sequence()`: nothing but a shelved group waits there."""
+        return bool(self._open) and next(iter(self._open.values())).shelved
 
     def add(self, part: Part, sequence: int, stored_ms: int) -> bytes | None:
         """Take the part that the stream holds at `sequence` since `stored_ms`; the payload if it was the last one.
@@ -168,32 +191,33 @@ class Joiner:
         if part.index in group.bodies:
             self.duplicates += 1
             return None
+        if group.shelved:
+            group.bodies[part.index] = b""
+            return None
         group.bodies[part.index] = bytes(part.body)
+        group.body_bytes += len(part.body)
         self._open_bytes += len(part.body) + _PART_OVERHEAD_BYTES
-        if len(group.bodies) == part.count:
-            self._forget(part.publisher, part.number)
-            return self._complete(part, b"".join(group.bodies[i] for i in range(part.count)), sequence)
+        if group.all_seen or group.body_bytes > part.total:
+            self._forget((part.publisher, part.payload_id))
+            return self._complete(part, b"".join(group.bodies[i] for i in sorted(group.bodies)), sequence)
         while self._open_bytes > self._max_open_bytes:
-            self._drop(*next(iter(self._open)), reason="too many bytes held for open groups")
+            self._shelve_newest()
         return None
 
     def _group_of(self, part: Part, sequence: int, stored_ms: int) -> _OpenGroup | None:
         """The open group that `part` belongs to, opened if it is part 0; None for a late part."""
-        group = self._open.get((part.publisher, part.number))
-        if group is not None and group.payload_id == part.payload_id:
-            group.first_sequence = min(group.first_sequence, sequence)
+        key = (part.publisher, part.payload_id)
+        group = self._open.get(key)
+        if group is not None or part.index > 0:
             return group
-        if part.index > 0:
-            return None
-        if group is not None:  # a publisher that was restored from a backup uses a number again
-            self._drop(part.publisher, part.number, reason="publisher started another group of that number")
         if part.total + part.count * _PART_OVERHEAD_BYTES > self._max_open_bytes:
             raise WireError(
                 f"group {part.number} of publisher {part.publisher} has {part.total} bytes in {part.count} parts, "
                 f"more than the limit of {self._max_open_bytes}"
             )
+        # Also one of the same number: a publisher that was restored from a backup uses its numbers again.
         self._drop_up_to(part.publisher, part.number)
-        group = self._open[part.publisher, part.number] = _OpenGroup(part.payload_id, sequence, stored_ms)
+        group = self._open[key] = _OpenGroup(part.count, sequence, stored_ms)
         return group
 
     def _was_completed(self, part: Part, sequence: int) -> bool:
@@ -216,33 +240,36 @@ class Joiner:
         return payload
 
     def _drop_up_to(self, publisher: int, number: int) -> None:
-        for other, older in [key for key in self._open if key[0] == publisher and key[1] <= number]:
-            self._drop(other, older, reason="publisher went on to another group")
+        for key, group in list(self._open.items()):
+            if key[0] == publisher and key[1][0] <= number and not group.all_seen:
+                self._drop(key, reason="publisher went on to another group")
 
     def _drop_expired(self, stored_ms: int) -> None:
-        while self._open:
-            oldest = next(iter(self._open))
-            if self._open[oldest].first_stored_ms >= stored_ms - self._open_limit_ms:
+        for key, group in list(self._open.items()):
+            if group.first_stored_ms >= stored_ms - self._open_limit_ms:
                 return
-            self._drop(*oldest, reason="no end in time")
+            if not group.all_seen:
+                self._drop(key, reason="no end in time")
 
-    def _drop(self, publisher: int, number: int, *, reason: str) -> None:
-        group = self._forget(publisher, number)
+    def _shelve_newest(self) -> None:
+        """Free the newest held group's bytes: never the oldest's, since a group fits when it is held alone."""
+        key, group = next(item for item in reversed(self._open.items()) if not item[1].shelved)
+        self._open_bytes -= group.held_bytes
+        group.bodies, group.shelved = dict.fromkeys(group.bodies, b""), True
+        _log_group("too many bytes of open groups, one will be read again", key, group)
+
+    def _drop(self, key: _Key, *, reason: str) -> None:
+        group = self._forget(key)
         self.dropped += 1
-        log.warning(
-            "incomplete group dropped",
-            extra={
-                "fields": {
-                    "publisher": publisher,
-                    "number": number,
-                    "sequence": group.first_sequence,
-                    "parts": len(group.bodies),
-                    "reason": reason,
-                }
-            },
-        )
+        _log_group("incomplete group dropped", key, group, reason=reason)
 
-    def _forget(self, publisher: int, number: int) -> _OpenGroup:
-        group = self._open.pop((publisher, number))
+    def _forget(self, key: _Key) -> _OpenGroup:
+        group = self._open.pop(key)
         self._open_bytes -= group.held_bytes
         return group
+
+
+def _log_group(event: str, key: _Key, group: _OpenGroup, **fields: str) -> None:
+    publisher, (number, *_) = key
+    known = {"publisher": publisher, "number": number, "sequence": group.first_sequence, "parts": len(group.bodies)}
+    log.warning(event, extra={"fields": {**known, **fields}})

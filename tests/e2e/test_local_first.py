@@ -205,7 +205,6 @@ def test_forgotten(cluster: Cluster, language: Language, state: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="capture of a new table begins when the daemon notices it")
 @pytest.mark.parametrize("state", STATES[:-1])
 def test_rows_written_at_once_into_a_new_table(cluster: Cluster, state: str) -> None:
     """An application creates a table and fills it before the daemon can have noticed."""

@@ -6,7 +6,6 @@ statements name; never from triggers, logs or versions.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,12 @@ import apsw
 
 from harmonylite.model import RawText, Row, Value
 from tests.sim.history import Delete, Insert, Operation, Rekey, Swap, Update, UpdateAll, Values
-from tests.sim.reference import Place
+from tests.sim.reference import Place, Violation
 from tests.sim.tables import TABLES, RowState, Table, quote, read_columns, read_rows, row_key
 
-_UNIX_EPOCH_JULIAN = 2440587.5
 _DAY_MS = 86_400_000
+# 1970 in milliseconds since SQLite's epoch, noon of 24 November 4714 BC.
+_UNIX_EPOCH_MS = 210_866_760_000_000
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class Application:
         self.set_clock(self.connection)
 
     def set_clock(self, connection: apsw.Connection) -> None:
-        """SQLite's clock on this connection is the node's simulated one; half a millisecond survives rounding."""
+        """SQLite's clock on this connection is the node's simulated one, computed as SQLite does."""
 
         def julianday(*_arguments: object) -> float:
-            return (self._clock_ms() + 0.5) / _DAY_MS + _UNIX_EPOCH_JULIAN
+            return (self._clock_ms() + _UNIX_EPOCH_MS) / _DAY_MS
 
         connection.create_scalar_function("julianday", julianday, flags=apsw.SQLITE_INNOCUOUS)
 
@@ -69,9 +69,12 @@ class Application:
         before = self._rows()
         touched: set[Place] = set()
         for operation in operations:
-            # The statement had no effect; the application reports it to its user and goes on.
-            with contextlib.suppress(apsw.ConstraintError):
+            try:
                 touched |= self._run(operation)
+            except apsw.ConstraintError as error:
+                # The statement had no effect; the application reports it to its user and goes on.
+                if "__harmonylite__" in str(error):
+                    raise Violation(f"I1: {operation} failed because of us: {error}") from error
         after = self._rows()
         self.connection.execute("COMMIT" if commit else "ROLLBACK")
         if not commit:

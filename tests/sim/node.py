@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# Longer than any history.
+NEVER_MS = 10 * 365 * 86_400_000
 CREATED = "2023-11-14T22:13:20Z"
 # The daemon absorbs again when a write slipped in before the reader was pinned; so often at most in a row here.
 COLLECT_ATTEMPTS = 5
@@ -43,6 +45,7 @@ class Node:
         self.listens_only = index >= history.nodes - history.listeners
         self.path = world.folder / f"node-{index}.db"
         self.online = False
+        self._knows_time = False
         self.dead = False
         # Groups read and not sent; where more come from; sent ones whose acknowledgement is under way.
         self._unsent: deque[OutgoingGroup] = deque()
@@ -51,7 +54,8 @@ class Node:
         self._after = 0
         # Sequence numbers of own messages that were acknowledged in this session.
         self._own: set[int] = set()
-        self.collected: list[Group] = []
+        # The groups of each connection, in the order in which they were sent, whatever became of them.
+        self.collected: list[list[Group]] = []
         self.transactions: list[list[RowWrite]] = []
         self.reference = ReferenceNode(node_id, world.tolerance_ms, self.listens_only)
         self.application = Application(self.path, history.tables, self.clock_ms, world.next_serial)
@@ -98,6 +102,7 @@ class Node:
             publish=not self.listens_only,
             group_rows=self.world.history.group_rows,
             tolerance_ms=self.world.tolerance_ms,
+            tombstone_retention_ms=self.world.history.retention_ms or NEVER_MS,
         )
         with self._engine():
             replica = Replica(self.path, settings, self.clock_ms)
@@ -111,6 +116,7 @@ class Node:
             self._call(Replica.flush)
             self._call(Replica.close)
             self._replica = None
+            self._knows_time = False
             self._connections.clear()
             self.reference.follow(self.observe(), (), self.world.server.now_ms)
 
@@ -118,6 +124,7 @@ class Node:
         """What the kernel does for a killed process: its files are closed, open transactions are gone."""
         self.disconnect()
         self._replica = None
+        self._knows_time = False
         for connection in self._connections:
             connection.close(True)
         self._connections.clear()
@@ -132,22 +139,37 @@ class Node:
 
     # --- the daemon's work, each as one step ---
 
-    def connect(self) -> None:
-        """Online; from now on the end of the streams, as it is now, must be consumed before publishing."""
-        if self.online or self._replica is None:
-            return
-        self.online = True
-        server = self.world.server
-        self._targets = [len(stream) for stream in server.streams]
-        for shard in range(len(server.streams)):
-            position = self._call(Replica.position, self._stream(shard))
-            self._cursors[shard] = position.sequence if position else 0
-        now = server.now_ms
+    def learn_time(self) -> None:
+        """The server's time, as the daemon asks for it while it is connected."""
+        now = self.world.server.now_ms
+        self._knows_time = True
         self.reference.heard_server_time(now)
         try:
             self._call(Replica.server_time, now)
         finally:
             self.reference.follow(self.observe(), (), now, may_clamp=True)
+        self.reference.took_server_time(now)
+
+    def prune(self) -> None:
+        """Forget old tombstones, as the daemon does every hour while it is connected."""
+        ends = [len(stream) for stream in self.world.server.streams]
+        if self.online and all(self._cursors[shard] >= end for shard, end in enumerate(ends)):
+            self.learn_time()
+            self._call(Replica.prune_tombstones, self.world.server.now_ms)
+            self.reference.forgot(self.observe())
+
+    def connect(self) -> None:
+        """Online; from now on the end of the streams, as it is now, must be consumed before publishing."""
+        if self.online or self._replica is None:
+            return
+        self.online = True
+        self.collected.append([])
+        server = self.world.server
+        self._targets = [len(stream) for stream in server.streams]
+        for shard in range(len(server.streams)):
+            position = self._call(Replica.position, self._stream(shard))
+            self._cursors[shard] = position.sequence if position else 0
+        self.learn_time()
 
     def disconnect(self) -> None:
         """The connection is gone, and with it everything that was under way."""
@@ -166,8 +188,10 @@ class Node:
                 close()
 
     def _bound(self) -> int | None:
-        """The latest time that a write may claim, if this node's daemon knows the server's time."""
-        if not (self.online and self.world.history.exact_bound):
+        """The latest time that a write may claim, if this node's daemon knows the server's time: since it was first
+        connected it does, by a clock that nobody sets.
+        """
+        if not (self._knows_time and self.world.history.exact_bound):
             return None
         self.reference.heard_server_time(self.world.server.now_ms)
         return self.world.server.now_ms + self.world.tolerance_ms
@@ -224,7 +248,7 @@ class Node:
             outgoing.append(group)
         shard = self.index % self.world.history.shards
         for place, group in enumerate(outgoing):
-            self.collected.append(group.group)
+            self.collected[-1].append(group.group)
             self._after = max(self._after, group.through)
             lost = (fate == "lost" and place == len(outgoing) - 1) or (fate == "hole" and place == 0)
             if not lost:

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from harmonylite.model import UNVERSIONED, ReceivedGroup, TableChanges, Version
 from tests.sim.tables import TABLES, Key, RowState, Table, cell, row_key
 
+# The floor is written with the server's time once an hour.
+FLOOR_DELAY_MS = 3_600_000
+
 # One row of one table, wherever it is stored.
 Place = tuple[str, Key]
 
@@ -38,8 +41,9 @@ class RowWrite:
 
 @dataclass(frozen=True)
 class Change:
-    """One row of a group: with the version it claims, and the one that counts (DESIGN 8)."""
+    """One row of a group (its sequence number): with the version it claims, and the one that counts (DESIGN 8)."""
 
+    group: int
     place: Place
     claimed: Version
     effective: Version
@@ -64,7 +68,7 @@ def changes_of(received: ReceivedGroup, tolerance_ms: int) -> Iterator[Change]:
     latest = received.stored_ms + tolerance_ms
     for changes in received.group.tables:
         for place, version, row in rows_of(changes):
-            yield Change(place, version, version._replace(ts=min(version.ts, latest)), row)
+            yield Change(received.sequence, place, version, version._replace(ts=min(version.ts, latest)), row)
 
 
 def rows_of(changes: TableChanges) -> Iterator[tuple[Place, Version, RowState | None]]:
@@ -106,7 +110,7 @@ def honest_outcome(writes: Iterable[RowWrite]) -> dict[Place, RowState | None]:
 
 @dataclass
 class _Dirty:
-    """Writes of a row that are logged and not known to be absorbed."""
+    """Writes of a row that are logged and not known to be absorbed, with the least time that they may claim."""
 
     newest_ms: int
 
@@ -127,12 +131,14 @@ class ReferenceNode:
     dirty: dict[Place, _Dirty] = field(default_factory=dict)
     newest_own_ms: int = 0
     newest_server_ms: int = 0
+    floor_ms: int = 0
 
     def wrote(self, write: RowWrite) -> None:
         """The application of this node committed `write`."""
         self.newest_own_ms = max(self.newest_own_ms, write.logged_ms)
-        known = self.dirty.setdefault(write.place, _Dirty(write.logged_ms))
-        known.newest_ms = max(known.newest_ms, write.logged_ms)
+        claims = max(write.logged_ms, self.floor_ms)
+        known = self.dirty.setdefault(write.place, _Dirty(claims))
+        known.newest_ms = max(known.newest_ms, claims)
         if write.after is None:
             self.rows.pop(write.place, None)
         else:
@@ -141,6 +147,11 @@ class ReferenceNode:
     def heard_server_time(self, server_ms: int) -> None:
         """The node was told what the server's clock shows."""
         self.newest_server_ms = max(self.newest_server_ms, server_ms)
+
+    def took_server_time(self, server_ms: int) -> None:
+        """That took effect: the floor follows the server's time, with a delay, and is bounded by it."""
+        own = min(self.floor_ms, server_ms + self.tolerance_ms)
+        self.floor_ms = max(own, server_ms - FLOOR_DELAY_MS)
 
     def follow(self, seen: Observed, delivered: Iterable[Change], now_ms: int, *, may_clamp: bool = False) -> None:
         """An engine call ended, in which `delivered` took effect (none, if it was not an apply that committed).
@@ -152,13 +163,43 @@ class ReferenceNode:
         for change in delivered:
             arrived.setdefault(change.place, []).append(change)
         places = {*self.versions, *self.rows, *self.dirty, *arrived, *seen.versions, *seen.rows}
+        latest = now_ms + self.tolerance_ms
+        absorbed = [dirty.newest_ms for place, dirty in self.dirty.items() if place not in seen.logged]
         for place in sorted(places, key=repr):
             self._follow_row(place, seen, arrived.get(place, []), now_ms, may_clamp)
+        self._check_burials(seen, arrived)
+        if absorbed and not may_clamp:
+            self.floor_ms = max(self.floor_ms, min(max(absorbed), latest))
         self.versions = dict(seen.versions)
         self.rows = dict(seen.rows)
         self.dirty = {
             place: dirty for place, dirty in self.dirty.items() if place in seen.logged or self._unnoticed(place, seen)
         }
+
+    def _check_burials(self, seen: Observed, arrived: Mapping[Place, list[Change]]) -> None:
+        """A row that loses a clash here loses it to a row that stands here afterwards: no good row dies.
+
+        Where several groups arrived at once, a winner may itself have been replaced by the next group.
+        """
+        if self.listens_only or seen.logged or len({c.group for each in arrived.values() for c in each}) != 1:
+            return
+        for place, (version, _) in seen.versions.items():
+            incoming = {change.effective: change.row for change in arrived.get(place, ())}
+            if version.rank == 0 or version in incoming or self.versions.get(place, (None,))[0] == version:
+                continue
+            buried = incoming.get(version._replace(rank=0), self.rows.get(place))
+            table = TABLES[place[0]]
+            rivals = [row for (name, key), row in seen.rows.items() if name == table.name and (name, key) != place]
+            if buried is None or not any(table.clash(buried, rival) for rival in rivals):
+                raise Violation(f"{place}: {buried} was buried as {version}, and no row here clashes with it")
+
+    def forgot(self, seen: Observed) -> None:
+        """Tombstones past their retention may be gone now, and nothing else."""
+        for place, (version, deleted) in self.versions.items():
+            if place not in seen.versions and not deleted:
+                raise Violation(f"{place}: the version {version} of a row that is there was forgotten")
+        self.versions = {place: known for place, known in self.versions.items() if place in seen.versions}
+        self.follow(seen, (), 0)
 
     def _follow_row(self, place: Place, seen: Observed, arrived: list[Change], now_ms: int, may_clamp: bool) -> None:
         table = TABLES[place[0]]

@@ -13,7 +13,8 @@ from collections import Counter
 from pathlib import Path
 
 from tests.sim import history as history_module
-from tests.sim.history import History, generate
+from tests.sim.generator import generate
+from tests.sim.history import History
 from tests.sim.shrink import shrink
 from tests.sim.world import HistoryFailed, World, run
 

@@ -5,7 +5,7 @@ The pools are small on purpose: writes of different nodes should meet.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import apsw
@@ -42,6 +42,20 @@ EMAILS: tuple[Value, ...] = (None, "a", "b", "c", "A", "B")
 SLOTS: tuple[Value, ...] = (None, 1, 2, 3)
 
 
+# What a unique index holds of a row; None: nothing (a NULL, a row outside of a partial index).
+Indexed = Callable[[Mapping[str, Cell]], object]
+
+
+def _index(*columns: str, folded: bool = False, where: tuple[str, Cell] | None = None) -> Indexed:
+    def entry(row: Mapping[str, Cell]) -> object:
+        cells = [row[column] for column in columns]
+        if any(kind == "null" for kind, _ in cells) or (where is not None and row[where[0]] != where[1]):
+            return None
+        return [(kind, str(content).lower()) if folded else (kind, content) for kind, content in cells]
+
+    return entry
+
+
 @dataclass(frozen=True)
 class Table:
     """One replicated table of the application.
@@ -62,6 +76,7 @@ class Table:
     pools: tuple[tuple[str, tuple[Value, ...]], ...] = (("note", NOTES),)
     nocase: frozenset[str] = frozenset()
     swappable: tuple[str, ...] = ()
+    indexes: tuple[Indexed, ...] = ()
     needs: tuple[str, ...] = ()
     exact: bool = True
     untraced: bool = False
@@ -71,7 +86,13 @@ class Table:
     @property
     def unique(self) -> bool:
         """Whether a secondary unique index can make two rows clash."""
-        return bool(self.swappable)
+        return bool(self.indexes)
+
+    def clash(self, one: RowState, other: RowState) -> bool:
+        """Whether two rows may not stand beside each other."""
+        rows = [dict(zip(self.columns, row, strict=True)) for row in (one, other)]
+        entries = [[index(row) for row in rows] for index in self.indexes]
+        return any(mine is not None and mine == theirs for mine, theirs in entries)
 
 
 def cell(value: Value) -> Cell:
@@ -230,6 +251,7 @@ TABLES: dict[str, Table] = {
             _integers(4),
             pools=(("email", EMAILS), ("note", NOTES)),
             swappable=("email",),
+            indexes=(_index("email"),),
             exact=False,
         ),
         Table(
@@ -243,6 +265,7 @@ TABLES: dict[str, Table] = {
             (("p",), ("q",), ("r",), ("s",)),
             pools=(("email", EMAILS), ("slot", SLOTS)),
             swappable=("email", "slot"),
+            indexes=(_index("email", folded=True), _index("slot")),
             exact=False,
         ),
         Table(
@@ -256,6 +279,7 @@ TABLES: dict[str, Table] = {
             _integers(4),
             pools=(("email", EMAILS[:3]), ("slot", SLOTS[:3])),
             swappable=("email",),
+            indexes=(_index("slot", "email"),),
             exact=False,
         ),
         Table(
@@ -269,6 +293,7 @@ TABLES: dict[str, Table] = {
             _integers(4),
             pools=(("email", EMAILS[:4]), ("active", (0, 1, 1))),
             swappable=("email",),
+            indexes=(_index("email", where=("active", ("integer", 1))),),
             exact=False,
         ),
         Table(
@@ -282,6 +307,7 @@ TABLES: dict[str, Table] = {
             _integers(4),
             pools=(("email", EMAILS), ("note", NOTES)),
             swappable=("email",),
+            indexes=(_index("email", folded=True),),
             exact=False,
         ),
         Table(

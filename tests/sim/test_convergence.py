@@ -15,16 +15,14 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
+from tests.sim.generator import FATES, HOW, Generator, generate
 from tests.sim.history import (
-    FATES,
     HOUR,
-    HOW,
     Absorb,
     Collect,
     Connect,
     Deliver,
     Disconnect,
-    Generator,
     History,
     Interrupt,
     Publish,
@@ -35,7 +33,6 @@ from tests.sim.history import (
     Stop,
     Sync,
     Wait,
-    generate,
 )
 from tests.sim.soak import smallest
 from tests.sim.tables import TABLES

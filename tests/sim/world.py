@@ -17,6 +17,7 @@ from harmonylite.model import Group, ReceivedGroup
 from tests.sim import checks
 from tests.sim.application import Effect
 from tests.sim.history import (
+    Absence,
     Absorb,
     Collect,
     Connect,
@@ -24,6 +25,7 @@ from tests.sim.history import (
     Disconnect,
     History,
     Interrupt,
+    Prune,
     Publish,
     Race,
     SetClock,
@@ -121,11 +123,20 @@ class World:
     def do(self, step: Step) -> None:
         """One step. A step that is impossible now (a node offline, a daemon stopped) does nothing."""
         self.step_number += 1
-        self.server.now_ms += 1
+        # Consecutive writes happen in the same millisecond: equal timestamps on different nodes are common.
+        if not isinstance(step, Write):
+            self.server.now_ms += 1
+        self._do(step)
+        if not isinstance(step, Write):
+            self.server.now_ms += 1
+
+    def _do(self, step: Step) -> None:
         if isinstance(step, Wait):
             self.server.now_ms += step.milliseconds
         elif isinstance(step, Write):
             self.nodes[step.node].write(step)
+        elif isinstance(step, Absence):
+            self._absence(self.nodes[step.node])
         elif isinstance(step, SetClock):
             self.nodes[step.node].offset_ms = step.offset_ms
         elif isinstance(step, Interrupt):
@@ -137,7 +148,7 @@ class World:
             self._daemon_step(step)
 
     def _daemon_step(
-        self, step: Absorb | Collect | Publish | Deliver | Sync | Connect | Disconnect | Stop | Start
+        self, step: Absorb | Collect | Publish | Deliver | Sync | Prune | Connect | Disconnect | Stop | Start
     ) -> None:
         node = self.nodes[step.node]
         if isinstance(step, Start):
@@ -156,6 +167,8 @@ class World:
             self._sync(node)
         elif isinstance(step, Connect):
             node.connect()
+        elif isinstance(step, Prune):
+            node.prune()
         elif isinstance(step, Disconnect):
             node.disconnect()
         else:
@@ -171,9 +184,23 @@ class World:
             node.bury()
             node.start()
 
+    def _absence(self, absent: Node) -> None:
+        """Time passes for all but one node."""
+        absent.disconnect()
+        others = [node for node in self.nodes if node is not absent and node.running]
+        for wait_ms in (0, 2 * (self.history.retention_ms or 0)):
+            self.server.now_ms += wait_ms
+            for _ in range(3):
+                self.server.now_ms += 1
+                for node in others:
+                    self._sync(node)
+            for node in others:
+                node.prune()
+
     def _sync(self, node: Node) -> bool:
         """Whether anything was applied or published."""
         node.connect()
+        node.learn_time()
         busy = node.consume()
         busy = node.publish(1_000_000) or busy
         node.collect("reader")

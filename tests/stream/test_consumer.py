@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -237,6 +238,49 @@ def test_an_own_group_that_was_given_up_does_not_hold_the_position(tmp_path: Pat
             while reader.position.sequence < 3:
                 await reader.read(wait_s=5)
             await reader.close()
+
+    with single_server(tmp_path / "s") as server:
+        asyncio.run(scenario())
+
+
+def test_every_group_arrives_although_few_open_ones_fit_into_memory(tmp_path: Path) -> None:
+    """Five publishers at a time, and memory for two of their groups; one of them goes on before the others end."""
+
+    async def scenario() -> None:
+        async with client(server.url) as connection:
+            await ensure_streams(connection, SETTINGS)
+            await store(connection, 1, whole(1, 1))
+            cut = {publisher: parts_of(publisher * 10, publisher, 4) for publisher in range(1, 6)}
+            for index in range(4):
+                for publisher in range(1, 6):
+                    await store(connection, publisher, cut[publisher][index])
+                    if index == 3:
+                        await store(connection, publisher, whole(publisher * 10 + 1, publisher))
+            # Nobody ends this one: at last the position stays before it.
+            await store(connection, 6, parts_of(60, 6, 4)[0])
+            reader = Consumer(connection, READER, STREAM, START, joiner=partial(wire.Joiner, max_open_bytes=2300))
+            found: list[int] = []
+            positions = [0]
+            deadline = time.monotonic() + 30
+            while reader.position.sequence < 26:
+                assert time.monotonic() < deadline, f"the position stays at {positions[-1]}"
+                delivery = await reader.read(max_messages=7, wait_s=5)
+                assert delivery.undecodable == ()
+                found += numbers(delivery)
+                positions.append(delivery.position.sequence)
+                assert delivery.position.stored_ns == (await time_at(connection, positions[-1]) if positions[-1] else 0)
+            assert set(found) == {1, *range(10, 60, 10), *range(11, 61, 10)}
+            assert positions == sorted(positions)
+            assert found.count(1) == 1
+            assert len(found) > 11  # some came again, while another one was read again
+            # The next reader starts where this one ended, and is none the worse for it.
+            await store(connection, 6, whole(61, 6))
+            assert await read_numbers(reader, 1) == [61]
+            resumed = Consumer(connection, READER, STREAM, reader.position)
+            await store(connection, 6, whole(62, 6))
+            assert await read_numbers(resumed, 1) == [62]
+            await reader.close()
+            await resumed.close()
 
     with single_server(tmp_path / "s") as server:
         asyncio.run(scenario())

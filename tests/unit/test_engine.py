@@ -1,0 +1,252 @@
+"""The replica on its threads: clock corrections, pinned snapshots, schemas that change under the reader."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import apsw
+import pytest
+
+from harmonylite import clock
+from harmonylite.clock import StepDetector
+from harmonylite.db.outbox import OutgoingGroup
+from harmonylite.db.replica import Replica, ReplicaSettings
+from harmonylite.engine import Engine, Packed
+from harmonylite.observe.metrics import Metrics
+from harmonylite.timekeeping import Timekeeper
+
+DAY_MS = 86_400_000
+SLACK_MS = 10_000
+
+
+@dataclass
+class Node:
+    application: apsw.Connection
+    replica: Replica
+    engine: Engine
+
+    def insert(self, first: int, count: int = 1, *, age_ms: int = 0) -> None:
+        """Rows in one transaction, logged as if by a clock that was behind."""
+        self.application.execute(
+            "WITH RECURSIVE s(x) AS (SELECT ?1 UNION ALL SELECT x + 1 FROM s WHERE x < ?1 + ?2 - 1)"
+            " INSERT INTO t SELECT x, 'x' FROM s",
+            (first, count),
+        )
+        self.application.execute("UPDATE __harmonylite__t_change_log SET ts = ts - ?", (age_ms,))
+
+    def version_ms(self) -> int:
+        return int(next(iter(self.application.execute("SELECT max(ts) FROM __harmonylite__t_version")))[0])
+
+
+@contextlib.asynccontextmanager
+async def opened(folder: Path, timekeeper: Timekeeper | None = None, **settings: Any) -> AsyncIterator[Node]:
+    path = folder / "app.db"
+    application = apsw.Connection(str(path))
+    application.setbusytimeout(5000)
+    application.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, v TEXT)")
+    replica = Replica(path, ReplicaSettings(node_id=1, boot_id="boot", **settings))
+    engine = Engine(replica, timekeeper or Timekeeper(60_000), Metrics("h", "l"), compress=True)
+    await engine.open()
+    try:
+        yield Node(application, replica, engine)
+    finally:
+        await engine.close()
+        application.close()
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(test, 30))
+
+
+# -- time
+
+
+class WallClock:
+    """The device's wall clock, which is behind until something sets it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, behind_ms: int) -> None:
+        self.behind_ms = behind_ms
+        self.true_ms: Callable[[], int] = clock.wall_ms
+        monkeypatch.setattr(clock, "wall_ms", self.shown_ms)
+
+    def shown_ms(self) -> int:
+        return self.true_ms() - self.behind_ms
+
+    def timekeeper(self) -> Timekeeper:
+        timekeeper = Timekeeper(60_000, synchronized=lambda: self.behind_ms == 0)
+        timekeeper._steps = StepDetector(wall=self.shown_ms)
+        return timekeeper
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_a_step_is_dealt_with_before_the_servers_time_is_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corrected: bool
+) -> None:
+    """NTP sets the clock, the connection comes up before the next look at the clock."""
+
+    async def test() -> None:
+        wall = WallClock(monkeypatch, 3 * DAY_MS)
+        async with opened(tmp_path, wall.timekeeper()) as node:
+            if corrected:
+                await node.engine.server_time(wall.true_ms(), 1)
+                assert abs(node.engine.time.correction.delta_ms - 3 * DAY_MS) < SLACK_MS
+            node.insert(1, age_ms=3 * DAY_MS)
+            if corrected:
+                await node.engine.absorb()
+            wall.behind_ms = 0
+            await node.engine.server_time(wall.true_ms(), 1)
+            (sent,) = await node.engine.take_outgoing(0)
+            assert abs(wall.true_ms() - sent.newest_ms) < SLACK_MS
+            await node.engine.check_clock()
+            assert node.version_ms() == sent.newest_ms
+            assert node.engine.time.correction.delta_ms == 0
+
+    run(test())
+
+
+def test_a_correction_holds_only_once_the_shift_is_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        wall = WallClock(monkeypatch, 3 * DAY_MS)
+        async with opened(tmp_path, wall.timekeeper()) as node:
+            node.insert(1, age_ms=3 * DAY_MS)
+            await node.engine.absorb()
+            node.application.execute("BEGIN IMMEDIATE")
+            connecting = asyncio.create_task(node.engine.server_time(wall.true_ms(), 1))
+            while not node.engine.last_error:
+                await asyncio.sleep(0.01)
+            connecting.cancel()  # the connection is lost again
+            await asyncio.gather(connecting, return_exceptions=True)
+            assert node.engine.time.correction.delta_ms == 0
+            assert node.engine.time.server.now_ms() is None
+            node.application.execute("COMMIT")
+            await node.engine.server_time(wall.true_ms(), 1)
+            assert abs(wall.true_ms() - node.version_ms()) < SLACK_MS
+
+    run(test())
+
+
+def test_a_step_is_not_forgotten_when_nobody_waits_for_its_correction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        wall = WallClock(monkeypatch, 3 * DAY_MS)
+        async with opened(tmp_path, wall.timekeeper()) as node:
+            node.insert(1, age_ms=3 * DAY_MS)
+            wall.behind_ms = 0
+            node.application.execute("BEGIN IMMEDIATE")
+            connecting = asyncio.create_task(node.engine.server_time(wall.true_ms(), 1))
+            while not node.engine.last_error:
+                await asyncio.sleep(0.01)
+            connecting.cancel()
+            await asyncio.gather(connecting, return_exceptions=True)
+            node.application.execute("COMMIT")
+            await node.engine.check_clock()
+            assert abs(wall.true_ms() - node.version_ms()) < SLACK_MS
+
+    run(test())
+
+
+# -- snapshots
+
+
+def test_a_snapshot_pinned_for_nobody_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        async with opened(tmp_path) as node:
+            node.insert(1, 1_500)
+            entered, go_on = threading.Event(), threading.Event()
+            outgoing = node.replica.outgoing
+
+            def slow(after: int = 0, *, on_writer: bool = False) -> Any:
+                found = outgoing(after, on_writer=on_writer)
+                if not on_writer:
+                    entered.set()
+                    go_on.wait(10)
+                return found
+
+            monkeypatch.setattr(node.replica, "outgoing", slow)
+            taking = asyncio.create_task(node.engine.take_outgoing(0))
+            await asyncio.to_thread(entered.wait, 10)
+            taking.cancel()  # the connection is lost while the reader's thread is still at it
+            await asyncio.gather(taking, return_exceptions=True)
+            go_on.set()
+            await node.engine.release()
+            node.application.execute("DELETE FROM t WHERE id > 1")
+            await node.engine.absorb()
+            taken: list[Packed] = []
+            while packed := await node.engine.take_outgoing(max([0, *(each.through for each in taken)])):
+                taken += packed
+            assert sum(each.rows for each in taken) == 1_500  # one row and the tombstones of all others
+
+    run(test())
+
+
+@pytest.mark.parametrize("rows", [3, 1_500])
+def test_a_failure_while_packing_lets_the_snapshot_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    async def test() -> None:
+        async with opened(tmp_path, group_rows=1) as node:
+            node.insert(1, rows)
+            await node.engine.absorb()
+            node.insert(rows + 1)
+            with monkeypatch.context() as broken:
+
+                def fail(_: OutgoingGroup) -> Packed:
+                    raise MemoryError("once")
+
+                broken.setattr(node.engine, "_pack", fail)
+                with pytest.raises(MemoryError):
+                    await node.engine.take_outgoing(0)
+            node.insert(rows + 2)
+            taken: list[Packed] = []
+            while packed := await node.engine.take_outgoing(max([0, *(each.through for each in taken)])):
+                taken += packed
+            assert sum(each.rows for each in taken) == rows + 2
+
+    run(test())
+
+
+# -- the schema, the audit
+
+
+def test_counts_follow_a_table_that_was_dropped(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with opened(tmp_path) as node:
+            node.insert(1)
+            node.application.execute("DROP TABLE t")
+            node.application.execute("CREATE TABLE u (id INTEGER PRIMARY KEY)")
+            for count in (node.engine.pending, node.engine.logged, node.engine.parked):
+                assert await count() == 0
+            await node.engine.follow_schema()
+            node.application.execute("INSERT INTO u VALUES (1)")
+            assert await node.engine.logged() == 1
+
+    run(test())
+
+
+def test_the_audit_follows_a_table_that_was_dropped(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with opened(tmp_path) as node:
+            node.application.execute("DROP TABLE t")
+            assert await node.engine.audit() == 0
+
+    run(test())
+
+
+def test_the_audit_leaves_a_delete_in_the_log_its_time(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with opened(tmp_path) as node:
+            node.insert(1, age_ms=DAY_MS)
+            await node.engine.absorb()
+            node.application.execute("DELETE FROM t")
+            node.application.execute("UPDATE __harmonylite__t_change_log SET ts = ts - 36000000")
+            assert await node.engine.audit() == 0
+            assert clock.wall_ms() - node.version_ms() >= 36_000_000
+
+    run(test())
