@@ -43,7 +43,8 @@ class _Statements:
             " base_ts = excluded.base_ts, base_node = excluded.base_node, deleted = excluded.deleted,"
             " batch = NULL, settled_ms = NULL"
             " WHERE (excluded.ts, excluded.node, excluded.rank) > (v.ts, v.node, v.rank)"
-            " AND (v.deleted OR v.node = excluded.node OR (v.ts, v.node) <= (excluded.base_ts, excluded.base_node))"
+            " AND (v.deleted OR (v.node = excluded.node AND excluded.rank = 0)"
+            " OR (v.ts, v.node) <= (excluded.base_ts, excluded.base_node))"
         )
         # RETURNING costs more than all the rest: only where some rows do not win.
         self.compare = f"{self.store} RETURNING ?{width + 7}"
