@@ -232,6 +232,9 @@ class Engine:
     # -- questions
 
     async def position(self, stream: str) -> Position | None:
+        """How far the stream was applied, positions that were only noted included: one before them would pass the gap
+        test although groups that count as published are gone."""
+        await self.write(self.replica.flush)
         return await self._on_writer(lambda: self.replica.position(stream))
 
     async def pending(self) -> int:

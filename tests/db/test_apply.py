@@ -326,7 +326,17 @@ def test_i10_an_edit_made_while_the_last_one_is_in_flight_is_no_conflict(make: M
     b.apply(first.group)
     b.apply(second.group)
     assert b.rows("t") == [(1, "y")]
+    b.apply(first.group)  # delivered again
     assert b.conflicts() == []
+    # A true conflict beside it sends the whole group the careful way, which must know it too.
+    b.sql("INSERT INTO t VALUES (2, 'mine')")
+    a.clock.tick(1000)
+    with a.transaction():
+        a.sql("UPDATE t SET v = 'z'")
+        a.sql("INSERT INTO t VALUES (2, 'theirs')")
+    [third] = a.outgoing()
+    b.apply(third.group)
+    assert [key for _, key, _, _, _ in b.conflicts()] == [(2,)]
 
 
 def test_i10_concurrent_writes_of_the_same_content_lose_nothing(make: MakeNode) -> None:

@@ -80,7 +80,9 @@ def test_a_store_that_is_full(tmp_path: Path) -> None:
             status = one.status()
             assert status is not None
             assert status["pending_rows"], status
-            eventually(lambda: "insufficient" in " ".join((one.status() or {})["reasons"]), 20, "the status says it too")
+            eventually(
+                lambda: "insufficient" in " ".join((one.status() or {})["reasons"]), 20, "the status says it too"
+            )
         with bare_server(folder, port=port):
             cluster.wait_settled(60)
             assert other.execute("SELECT count(*) FROM item") == [(3021,)]

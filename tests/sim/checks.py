@@ -44,7 +44,7 @@ def check_all(world: World) -> None:
     for write in world.writes:
         writes[write.place].append(write)
     _equals_log(world, final)
-    _content_was_written(final, writes)
+    _content_was_written(world, final, writes)
     _later_beats_earlier(world, final, writes)
     _honest_clocks_predict(world, final)
     _causality(final, writes)
@@ -106,11 +106,13 @@ def _equals_log(world: World, final: Observed) -> None:
             raise Violation(f"I5: {place} is {final.rows.get(place)}, the log's {version} is {row}")
 
 
-def _content_was_written(final: Observed, writes: dict[Place, list[RowWrite]]) -> None:
+def _content_was_written(world: World, final: Observed, writes: dict[Place, list[RowWrite]]) -> None:
     """A row's content is one that an application wrote as a whole; a missing row was deleted or lost a clash."""
     for place, of_place in writes.items():
         row = final.rows.get(place)
-        buried = final.versions.get(place, (UNVERSIONED, False))[0].rank == 1
+        version, _ = final.versions.get(place, (UNVERSIONED, False))
+        forgotten = world.history.retention_ms and version == UNVERSIONED and row is None
+        buried = TABLES[place[0]].unique and (version.rank == 1 or forgotten)
         if not buried and row not in {write.after for write in of_place}:
             raise Violation(f"{place} is {row}, which nobody wrote")
     for place in final.rows.keys() - writes.keys():

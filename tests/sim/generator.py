@@ -69,7 +69,7 @@ class Generator:
             shards=self.shards,
             offsets=offsets,
             listeners=self.listeners,
-            exact_bound=source.random() < 0.8,
+            time_known=self.profile == "forgetful" or source.random() < 0.8,
             skip_own=source.random() < 0.7,
             group_rows=source.choice((1, 2, 512, 512)),
             retention_ms=10 * HOUR if self.profile == "forgetful" else None,

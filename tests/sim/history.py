@@ -228,7 +228,7 @@ class History:
 
     `shards`: number of streams; node i publishes to stream i % shards. `offsets`: each node's clock at the start.
     `listeners`: how many of the last nodes run with publish=false (their applications do not write).
-    `exact_bound`: whether absorb is told the latest time it may claim (a daemon that knows the server's time).
+    `time_known`: whether the server tells its time, so that a node knows the latest time that it may claim.
     `retention_ms`: after which tombstones are forgotten; None: never. Such a history has no steps in which a node
     publishes while there is something that it has not read for longer than that.
     `skip_own`: acknowledged messages of the same session are passed over, as the stream's reader does.
@@ -241,7 +241,7 @@ class History:
     shards: int = 1
     offsets: tuple[int, ...] = ()
     listeners: int = 0
-    exact_bound: bool = True
+    time_known: bool = True
     skip_own: bool = True
     group_rows: int = 512
     retention_ms: int | None = None

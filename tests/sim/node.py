@@ -140,7 +140,9 @@ class Node:
     # --- the daemon's work, each as one step ---
 
     def learn_time(self) -> None:
-        """The server's time, as the daemon asks for it while it is connected."""
+        """The server's time, as the daemon asks for it while it is connected (an old server does not tell)."""
+        if not self.world.history.time_known:
+            return
         now = self.world.server.now_ms
         self._knows_time = True
         self.reference.heard_server_time(now)
@@ -191,7 +193,7 @@ class Node:
         """The latest time that a write may claim, if this node's daemon knows the server's time: since it was first
         connected it does, by a clock that nobody sets.
         """
-        if not (self._knows_time and self.world.history.exact_bound):
+        if not self._knows_time:
             return None
         self.reference.heard_server_time(self.world.server.now_ms)
         return self.world.server.now_ms + self.world.tolerance_ms
@@ -249,6 +251,7 @@ class Node:
         shard = self.index % self.world.history.shards
         for place, group in enumerate(outgoing):
             self.collected[-1].append(group.group)
+            self.reference.sends(group.group, self.world.server.now_ms)
             self._after = max(self._after, group.through)
             lost = (fate == "lost" and place == len(outgoing) - 1) or (fate == "hole" and place == 0)
             if not lost:

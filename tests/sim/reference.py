@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from harmonylite.model import UNVERSIONED, ReceivedGroup, TableChanges, Version
+from harmonylite.model import UNVERSIONED, Group, ReceivedGroup, TableChanges, Version
 from tests.sim.tables import TABLES, Key, RowState, Table, cell, row_key
 
 # The floor is written with the server's time once an hour.
@@ -132,6 +132,7 @@ class ReferenceNode:
     newest_own_ms: int = 0
     newest_server_ms: int = 0
     floor_ms: int = 0
+    contents: dict[tuple[Place, Version], RowState | None] = field(default_factory=dict)
 
     def wrote(self, write: RowWrite) -> None:
         """The application of this node committed `write`."""
@@ -168,6 +169,9 @@ class ReferenceNode:
         for place in sorted(places, key=repr):
             self._follow_row(place, seen, arrived.get(place, []), now_ms, may_clamp)
         self._check_burials(seen, arrived)
+        for place, (version, _) in seen.versions.items():
+            if place not in seen.logged:
+                self.contents.setdefault((place, version), seen.rows.get(place))
         if absorbed and not may_clamp:
             self.floor_ms = max(self.floor_ms, min(max(absorbed), latest))
         self.versions = dict(seen.versions)
@@ -175,6 +179,17 @@ class ReferenceNode:
         self.dirty = {
             place: dirty for place, dirty in self.dirty.items() if place in seen.logged or self._unnoticed(place, seen)
         }
+
+    def sends(self, group: Group, now_ms: int) -> None:
+        """The node publishes `group`: each row must be what it was when its version was given. Raises Violation.
+
+        A version that the receivers will bound is left out: nobody will hold it.
+        """
+        for changes in group.tables:
+            for place, version, row in rows_of(changes):
+                known = self.contents.get((place, version), row)
+                if known != row and version.ts <= now_ms + self.tolerance_ms:
+                    raise Violation(f"{place}: {row} is published as {version}, which is {known}")
 
     def _check_burials(self, seen: Observed, arrived: Mapping[Place, list[Change]]) -> None:
         """A row that loses a clash here loses it to a row that stands here afterwards: no good row dies.

@@ -37,7 +37,7 @@ def _smaller(history: History) -> Iterator[History]:
         yield replace(history, seed_rows=seeds)
     if any(history.offsets):
         yield replace(history, offsets=(0,) * history.nodes)
-    plain = {"shards": 1, "listeners": 0, "group_rows": 512, "exact_bound": True, "skip_own": False}
+    plain = {"shards": 1, "listeners": 0, "group_rows": 512, "time_known": True, "skip_own": False}
     for name, value in plain.items():
         if getattr(history, name) != value:
             yield replace(history, **{name: value})  # type: ignore[arg-type]

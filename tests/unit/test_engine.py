@@ -17,7 +17,9 @@ from harmonylite import clock
 from harmonylite.clock import StepDetector
 from harmonylite.db.outbox import OutgoingGroup
 from harmonylite.db.replica import Replica, ReplicaSettings
+from harmonylite.db.schema import Schema
 from harmonylite.engine import Engine, Packed
+from harmonylite.model import Delivery, Position
 from harmonylite.observe.metrics import Metrics
 from harmonylite.timekeeping import Timekeeper
 
@@ -212,6 +214,16 @@ def test_a_failure_while_packing_lets_the_snapshot_go(
     run(test())
 
 
+def test_a_position_that_was_only_noted_is_where_the_next_session_begins(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with opened(tmp_path) as node:
+            position = Position("s", "created", 7, 1)
+            await node.engine.apply(Delivery(position))
+            assert await node.engine.position("s") == position
+
+    run(test())
+
+
 # -- the schema, the audit
 
 
@@ -221,11 +233,35 @@ def test_counts_follow_a_table_that_was_dropped(tmp_path: Path) -> None:
             node.insert(1)
             node.application.execute("DROP TABLE t")
             node.application.execute("CREATE TABLE u (id INTEGER PRIMARY KEY)")
-            for count in (node.engine.pending, node.engine.logged, node.engine.parked):
-                assert await count() == 0
             await node.engine.follow_schema()
+            assert await node.engine.pending() == 0
             node.application.execute("INSERT INTO u VALUES (1)")
-            assert await node.engine.logged() == 1
+            assert await node.engine.logged() == await node.engine.pending() == 1
+
+    run(test())
+
+
+def test_counts_while_a_table_is_being_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        async with opened(tmp_path) as node:
+            database = node.replica._database
+            installing, go_on = threading.Event(), threading.Event()
+            install = database._on_schema
+
+            def slow(schema: Schema) -> None:
+                install(schema)
+                installing.set()
+                go_on.wait(10)
+
+            monkeypatch.setattr(database, "_on_schema", slow)
+            node.application.execute("CREATE TABLE u (id INTEGER PRIMARY KEY)")
+            following = asyncio.create_task(node.engine.follow_schema())
+            await asyncio.to_thread(installing.wait, 10)
+            asking = asyncio.create_task(node.engine.pending())  # the reader cannot see the side tables of u yet
+            await asyncio.sleep(0.05)
+            go_on.set()
+            assert await asking == 0
+            await following
 
     run(test())
 
