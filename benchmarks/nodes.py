@@ -55,10 +55,10 @@ def memory(pid: int) -> Memory:
 def children(pid: int) -> list[int]:
     """Processes whose parent is `pid`."""
     found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for name in filter(str.isdigit, os.listdir("/proc")):  # noqa: PTH208 - Path.glob fails when a process ends meanwhile
         with contextlib.suppress(OSError):
-            if int(stat.read_text().rpartition(")")[2].split()[1]) == pid:
-                found.append(int(stat.parent.name))
+            if int(Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(name))
     return found
 
 

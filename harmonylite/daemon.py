@@ -43,6 +43,7 @@ from harmonylite.stream.server_config import store_limit
 from harmonylite.stream.server_settings import ServerSettings, SettingsError
 from harmonylite.tasks import cancelled, run_together
 from harmonylite.timekeeping import Timekeeper
+from harmonylite.uplink import Uplink
 
 log = logging.getLogger(__name__)
 
@@ -88,13 +89,17 @@ class Daemon:
         self._opened = asyncio.Event()
         self._stop = asyncio.Event()
         self.start_again = False
-        self._server = None if config.external else BundledServer(ServerSettings.from_config(config))
-        self._connection = Connection(ClientSettings.from_config(config), self._urls)
+        leaf = not config.external and bool(config.nats.leaf_servers)
+        self._uplink = Uplink(leaf=leaf)
+        self._server = None
+        if not config.external:
+            self._server = BundledServer(ServerSettings.from_config(config), self._uplink.server_changed)
+        self._connection = self._uplink.connection = Connection(ClientSettings.from_config(config), self._urls)
         self._registry: Registry | None = None
         self._notifier = Notifier()
         self._trouble = Repeated(log, 600.0)
-        self._reporter = Reporter(config, self._engine, self._progress, self._connection, self._server)
-        self._housekeeper = Housekeeper(config, self._engine, self._connection, self._reporter, self._notifier)
+        self._reporter = Reporter(config, self._engine, self._progress, self._uplink, self._server)
+        self._housekeeper = Housekeeper(config, self._engine, self._uplink, self._reporter, self._notifier)
 
     def _urls(self) -> tuple[str, ...]:
         if self._server is None:
@@ -193,7 +198,7 @@ class Daemon:
             self._config.publish
             and not self.start_again
             and self._opened.is_set()
-            and self._connection.connected
+            and self._uplink.connected
             and time.monotonic() < deadline
             and self._progress.publishing
         ):
@@ -263,12 +268,12 @@ class Daemon:
         """One session per connection, for ever."""
         await self._opened.wait()
         while True:
-            client = await self._connection.wait_connected()
+            client = await self._uplink.wait_connected()
             settings = self._log_settings()
             self._registry = Registry(client, settings)
             session = Session(self._engine, client, settings, self._mode(), self._wakeup, self._progress, TOLERANCE_MS)
             try:
-                await run_together(session.run(), self._connection.wait_disconnected(), self._announce(self._registry))
+                await run_together(session.run(), self._uplink.wait_disconnected(), self._announce(self._registry))
             except LogError as error:
                 self._progress.error = str(error)
                 self._trouble.warning("replication waits", {"reason": str(error)})
@@ -282,7 +287,7 @@ class Daemon:
                 )
             finally:
                 self._progress.publishing = False
-            await asyncio.sleep(RETRY_S if self._connection.connected else 0)
+            await asyncio.sleep(RETRY_S if self._uplink.connected else 0)
 
     def _mode(self) -> Mode:
         polling = self._config.polling_interval
@@ -357,7 +362,7 @@ class Daemon:
         return self._reporter.current().to_json()
 
     async def _on_cluster(self, _: Mapping[str, Any]) -> dict[str, Any]:
-        if self._registry is None or not self._connection.connected:
+        if self._registry is None or not self._uplink.connected:
             raise ControlError("this node is offline: the cluster cannot be asked")
         entries = await self._registry.nodes()
         return {"nodes": [_entry_json(entry) for entry in entries]}

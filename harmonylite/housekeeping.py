@@ -13,8 +13,8 @@ from harmonylite.observe.log import Repeated
 from harmonylite.observe.notify import Notifier, watchdog_interval
 from harmonylite.observe.status import summary
 from harmonylite.report import Reporter
-from harmonylite.stream.client import Connection
 from harmonylite.tasks import run_together
+from harmonylite.uplink import Uplink
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class Housekeeper:
     """Runs beside replication. touched: somebody committed since the last round."""
 
     def __init__(
-        self, config: Config, engine: Engine, connection: Connection, reporter: Reporter, notifier: Notifier
+        self, config: Config, engine: Engine, connection: Uplink, reporter: Reporter, notifier: Notifier
     ) -> None:
         self._db_path = config.db_path
         self._interval_s = config.cleanup_interval / 1000

@@ -12,8 +12,8 @@ from harmonylite.engine import Engine
 from harmonylite.observe.log import rfc3339
 from harmonylite.observe.status import NodeStatus, SkippedTable, StreamPosition, judge
 from harmonylite.replication import Progress
-from harmonylite.stream.client import Connection
 from harmonylite.stream.server import BundledServer
+from harmonylite.uplink import Uplink
 
 # So many children in a row that died within a minute: the server cannot help itself.
 DYING = 3
@@ -30,7 +30,7 @@ class Reporter:
         config: Config,
         engine: Engine,
         progress: Progress,
-        connection: Connection,
+        connection: Uplink,
         server: BundledServer | None,
     ) -> None:
         self._config = config

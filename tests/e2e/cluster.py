@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import sqlite3
 import subprocess
@@ -17,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from signal import SIGKILL, SIGTERM, Signals
 from types import TracebackType
 from typing import Any
 
@@ -91,21 +91,21 @@ class Node:
             )
         return self
 
-    def signal(self, number: signal.Signals) -> None:
+    def signal(self, number: Signals) -> None:
         """Send a signal to the daemon, if it runs."""
         if self.running:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""
-        self.signal(signal.SIGKILL)
+        self.signal(SIGKILL)
         if self.process is not None:
             self.process.wait()
 
     def stop(self, timeout_s: float = STOP_S) -> int:
         """SIGTERM; the exit code. Fails when the daemon does not end in time."""
         assert self.process is not None
-        self.signal(signal.SIGTERM)
+        self.signal(SIGTERM)
         return self.process.wait(timeout_s)
 
     # -- its bundled server
@@ -129,7 +129,7 @@ class Node:
                     found.append(int(process.name))
         return found
 
-    def signal_server(self, number: signal.Signals) -> int:
+    def signal_server(self, number: Signals) -> int:
         """Send a signal to the bundled server; returns how many processes got it."""
         sent = 0
         for pid in self.server_pids():
@@ -241,7 +241,7 @@ class Cluster:
             node.kill()
         for node in self.nodes.values():
             deadline = time.monotonic() + 10
-            while node.signal_server(signal.SIGKILL) and time.monotonic() < deadline:
+            while node.signal_server(SIGKILL) and time.monotonic() < deadline:
                 time.sleep(0.02)
         for proxy in self._proxies:
             proxy.close()
@@ -296,7 +296,7 @@ def contents_of(db: Path) -> Contents:
 def _version_columns(connection: sqlite3.Connection, table: str) -> list[str]:
     names = [row[1] for row in connection.execute(f'PRAGMA table_info("__harmonylite__{table}_version")')]
     return [
-        name for name in names if name in ("ts", "node", "rank", "deleted") or name[:1] == "k" and name[1:].isdigit()
+        name for name in names if name in ("ts", "node", "rank", "deleted") or (name[:1] == "k" and name[1:].isdigit())
     ]
 
 

@@ -129,9 +129,12 @@ def test_a_daemon_that_starts_before_its_application(tmp_path: Path) -> None:
         hub, leaf = cluster.nodes.values()
         hub.execute("CREATE TABLE item (id INTEGER PRIMARY KEY, name TEXT)")
         leaf.db.unlink(missing_ok=True)
-        cluster.start()
+        leaf.start()
+        eventually(lambda: "there is no such file yet" in leaf.log_text(), 10, "a line that says what is missing")
+        hub.start()
         hub.execute("INSERT INTO item VALUES (1, 'early')")
         eventually(hub.settled, 20, "the hub has published")
+        assert not leaf.db.exists(), "the application's file belongs to the application"
         leaf.execute("CREATE TABLE item (id INTEGER PRIMARY KEY, name TEXT)")
         eventually(lambda: (leaf.status() or {}).get("tables_tracked") == 1, 10, "the leaf's table is replicated")
         leaf.execute("INSERT INTO item VALUES (2, 'late')")

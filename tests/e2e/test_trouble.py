@@ -130,7 +130,7 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
             fill(ballast)
             write_rows(hub, 200, 20_000, name="big")
             eventually(lambda: lines_with(leaf, "cannot be written"), 20, "a line about the disk")
-            with pytest.raises(sqlite3.OperationalError, match="full|disk I/O"):
+            with pytest.raises(sqlite3.OperationalError, match=r"full|disk I/O"):
                 write_rows(leaf, 200, 20_000, name="local")
             assert leaf.running
             states = [leaf.status() for _ in range(10)]

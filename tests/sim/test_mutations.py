@@ -1,0 +1,21 @@
+"""The simulation would notice: each rule of mutations.py, broken on purpose, makes a history fail."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.sim.mutations import MUTATIONS, Mutation, broken, catch
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.rule)
+def test_the_edits_fit_the_code(mutation: Mutation) -> None:
+    with broken(mutation):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.rule)
+def test_a_broken_rule_is_noticed(mutation: Mutation) -> None:
+    caught = catch(mutation)
+    assert caught is not None, f"no history notices that this rule is broken: {mutation.rule}"
