@@ -57,6 +57,11 @@ class Absorb:
         ours = " AND ".join(f"v.k{i} = l.k{i}" for i in range(len(table.key)))
         gone = f"NOT EXISTS (SELECT 1 FROM {quote(table.name)} AS r WHERE {key_match(table, 'l', 'r')})"
         logged = "l.ts + CASE WHEN l.ts <= :until THEN :delta ELSE 0 END"
+        newest = f"max({logged})"
+        if table.uniques:
+            # A statement that might have evicted a row and did not is no write of that row, at no time.
+            written = f"max(CASE WHEN l.op < {MAYBE_EVICTED} THEN {logged} END)"
+            newest = f"CASE WHEN {gone} THEN {newest} ELSE {written} END"
         return cls(
             table=table,
             joined=(
@@ -65,7 +70,7 @@ class Absorb:
             ),
             upsert=(
                 f"INSERT INTO {version} ({keys}, ts, node, deleted, batch)"
-                f" SELECT {keys}, min(max(max({logged}), :floor), :bound), :node, {gone}, :batch"
+                f" SELECT {keys}, min(max({newest}, :floor), :bound), :node, {gone}, :batch"
                 f" FROM {log} AS l WHERE l.seq <= :end GROUP BY {keys}"
                 f" HAVING min(l.op) < {MAYBE_EVICTED} OR {gone}"
                 f" ON CONFLICT ({keys}) DO UPDATE SET ts = max(excluded.ts, ts + 1), node = excluded.node, rank = 0,"

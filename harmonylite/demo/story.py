@@ -8,6 +8,7 @@ import sqlite3
 import statistics
 import sys
 import threading
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -340,7 +341,8 @@ def _status_lines(node: Node) -> list[str]:
     lines = node.run("status").splitlines()
     offline = any(line.split()[:2] == ["nats", "offline"] for line in lines)
     wanted = ("status", "nats", "pending") if offline else ("pending",)
-    return [line for line in lines if line.startswith(wanted)]
+    shown = [line for line in lines if line.startswith(wanted)]
+    return [part for line in shown for part in textwrap.wrap(line, 96, subsequent_indent=" " * 11)]
 
 
 def _check_conflicts(node: Node, edits: Sequence[_Edit]) -> None:

@@ -132,6 +132,7 @@ def test_a_daemon_that_starts_before_its_application(tmp_path: Path) -> None:
         leaf.start()
         eventually(lambda: "there is no such file yet" in leaf.log_text(), 10, "a line that says what is missing")
         hub.start()
+        eventually(lambda: "capture installed" in hub.log_text(), 10, "the hub captures")
         hub.execute("INSERT INTO item VALUES (1, 'early')")
         eventually(hub.settled, 20, "the hub has published")
         assert not leaf.db.exists(), "the application's file belongs to the application"

@@ -71,6 +71,21 @@ _RIVAL_OF_TWO = History(
     ),
 )
 
+# A row arrives that loses to one of two rows and would have beaten the other: nothing happens to that other.
+_BETWEEN_TWO_RIVALS = History(
+    nodes=3,
+    tables=("two_unique",),
+    steps=(
+        Write(1, (Insert("two_unique", ("r",), (("slot", 1),)),)),
+        Wait(10),
+        Write(0, (Insert("two_unique", ("p",), (("email", "a"), ("slot", 1))),)),
+        Wait(10),
+        Write(1, (Insert("two_unique", ("q",), (("email", "a"),)),)),
+        Sync(0),
+        Sync(1),
+    ),
+)
+
 MUTATIONS: tuple[Mutation, ...] = (
     # who wins
     Mutation(
@@ -320,6 +335,7 @@ MUTATIONS: tuple[Mutation, ...] = (
             ),
         ),
         tables=("two_unique",),
+        first=(_BETWEEN_TWO_RIVALS,),
     ),
     Mutation(
         "an incoming row must beat its rivals, or it loses",
