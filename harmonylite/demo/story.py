@@ -7,8 +7,8 @@ import signal
 import sqlite3
 import statistics
 import sys
-import threading
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

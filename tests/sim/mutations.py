@@ -112,7 +112,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "a node's own floor keeps its writes in order when its clock steps back",
-        (Edit(_ABSORB, "max(max({logged}), :floor)", "max({logged})"),),
+        (Edit(_ABSORB, "max({newest}, :floor)", "{newest}"),),
         profile="wild",
     ),
     Mutation(
