@@ -19,7 +19,7 @@ import nats
 import nats.errors
 
 from benchmarks.figures import Aim, Figure, Setting, percentile
-from benchmarks.nodes import Pair, shared_server
+from benchmarks.nodes import Pair, cpu_seconds, shared_server
 from benchmarks.workload import INSERT, INTEGER_KEY, connect, reading_bytes
 
 RATE = 100
@@ -32,7 +32,10 @@ def run(setting: Setting) -> Iterator[Figure]:
     commits = RATE * setting.choose(20, 2)
     with shared_server(setting.folder / "latency", INTEGER_KEY.create("readings")) as pair:
         before = asyncio.run(round_trips(pair.url, commits // 4))
+        nodes = {"writing": pair.first.pid, "receiving": pair.second.pid}
+        used = {name: cpu_seconds(pid) for name, pid in nodes.items()}
         delays = [1000 * each for each in commit_to_visible(pair, commits)]
+        used = {name: 1000 * (cpu_seconds(pid) - used[name]) / commits for name, pid in nodes.items()}
         after = asyncio.run(round_trips(pair.url, commits // 4))
     median = statistics.median(delays)
     bare = 1000 * statistics.median([*before, *after])
@@ -42,6 +45,8 @@ def run(setting: Setting) -> Iterator[Figure]:
     yield Figure("largest", max(delays), "ms")
     yield Figure("bare JetStream publish and pull, p50", bare, "ms")
     yield Figure("commit to visible as a multiple of it", median / bare, "x")
+    for name, milliseconds in used.items():
+        yield Figure(f"processor time of the {name} node's daemon", milliseconds, "ms a commit")
 
 
 def commit_to_visible(pair: Pair, commits: int) -> list[float]:

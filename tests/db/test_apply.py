@@ -138,9 +138,9 @@ def test_i7_a_group_is_visible_as_one_transaction(make: MakeNode) -> None:
         return True
 
     group = both(wrote("t", IDV, ((1, "x"), stamp(1, 2))), wrote("u", IDV, ((1, "x"), stamp(1, 2))))
-    node.writer.exec_trace = look
+    node.writer.setexectrace(look)
     node.apply(group)
-    node.writer.exec_trace = None
+    node.writer.setexectrace(None)
     look()
     assert set(seen) == {(0, 0), (1, 1)}
     reader.close()

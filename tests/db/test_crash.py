@@ -30,8 +30,8 @@ def test_i3_killed_at_any_statement_a_node_resumes(make: MakeNode) -> None:
                 raise KeyboardInterrupt
             return True
 
-        node.writer.exec_trace = die
-        node.replica._reader.exec_trace = die
+        node.writer.setexectrace(die)
+        node.replica._reader.setexectrace(die)
         sent = []
         try:
             sent += node.publish()
@@ -44,8 +44,8 @@ def test_i3_killed_at_any_statement_a_node_resumes(make: MakeNode) -> None:
             node.received = position.sequence if position else 0
             assert (node.version("t", 3) is None) == (position is None), "rows and position move together"
         finished = left > 0
-        node.writer.exec_trace = None
-        node.replica._reader.exec_trace = None
+        node.writer.setexectrace(None)
+        node.replica._reader.setexectrace(None)
         sent += node.publish()
         if not node.received:
             node.apply(theirs, stored_ms=EPOCH_MS)
@@ -73,10 +73,10 @@ def test_a_commit_that_fails_is_not_believed(make: MakeNode) -> None:
 
     node.sql("INSERT INTO t VALUES (2, 'x')")
     node.sql("CREATE TABLE late (id INTEGER PRIMARY KEY)")
-    node.writer.exec_trace = fail
+    node.writer.setexectrace(fail)
     with pytest.raises(OSError, match="no space"):
         node.apply(wrote("t", IDV, ((1, "loser"), stamp(1000, 2))))
-    node.writer.exec_trace = None
+    node.writer.setexectrace(None)
     assert node.replica._state == state
     assert node.replica.conflicts_total == 0
     node.apply(wrote("t", IDV, ((1, "loser"), stamp(1000, 2))))

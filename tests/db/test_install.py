@@ -84,7 +84,7 @@ def test_a_trigger_never_stands_without_its_log(make: MakeNode) -> None:
             assert "__harmonylite__t_change_log" in names
         return True
 
-    hook = lambda connection: setattr(connection, "exec_trace", look)  # noqa: E731
+    hook = lambda connection: connection.setexectrace(look)  # noqa: E731
     apsw.connection_hooks.append(hook)
     try:
         node.start()
@@ -111,7 +111,7 @@ def test_i1_an_install_that_dies_half_way_leaves_the_application_alone(make: Mak
                 raise KeyboardInterrupt
             return True
 
-        hook = lambda connection: setattr(connection, "exec_trace", die)  # noqa: E731
+        hook = lambda connection: connection.setexectrace(die)  # noqa: E731
         apsw.connection_hooks.append(hook)
         try:
             replica = Replica(node.path, ReplicaSettings(1))

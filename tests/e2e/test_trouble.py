@@ -73,11 +73,13 @@ def test_a_store_that_is_full(tmp_path: Path) -> None:
             cluster.start()
             write_rows(one, 1, name="small")
             cluster.wait_settled()
+            # Piece by piece: nats-server 2.15 leaves an atomic batch that meets the limit unanswered.
             batches = 0
             while not lines_with(one, "insufficient"):
                 batches += 1
-                assert batches < 40, "no line that says what is full"
-                write_rows(one, 300, 1000, name=f"large-{batches}")
+                assert batches < 100, "no line that says what is full"
+                write_rows(one, 50, 1000, name=f"large-{batches}")
+                eventually(lambda: one.settled() or lines_with(one, "insufficient"), 20, "stored or refused")
             write_rows(one, 20, name="late")
             assert len(lines_with(one, "insufficient")) < 5, "one line now and then is enough"
             status = one.status()
@@ -88,7 +90,7 @@ def test_a_store_that_is_full(tmp_path: Path) -> None:
             )
         with bare_server(folder, port=port):
             cluster.wait_settled(60)
-            assert other.execute("SELECT count(*) FROM item") == [(1 + 300 * batches + 20,)]
+            assert other.execute("SELECT count(*) FROM item") == [(1 + 50 * batches + 20,)]
 
 
 def test_a_hub_with_a_tiny_store(tmp_path: Path) -> None:
