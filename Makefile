@@ -19,7 +19,7 @@ test: $(STAMP)            ## the quick tests; no root, no network
 	$(BIN)/python -m pytest -m 'not slow' -n 2
 
 test-slow: $(STAMP)       ## long simulations and fault tests with real processes
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 lint: $(STAMP)            ## ruff and mypy, strict
 	$(BIN)/ruff check .
