@@ -44,10 +44,12 @@ class _Statements:
             " batch = NULL, settled_ms = NULL"
             " WHERE (excluded.ts, excluded.node, excluded.rank) > (v.ts, v.node, v.rank)"
             " AND (v.deleted OR (v.node = excluded.node AND excluded.rank = 0)"
-            " OR (v.ts, v.node) <= (excluded.base_ts, excluded.base_node))"
+            " OR (v.ts, v.node) = (excluded.base_ts, excluded.base_node)"
+            # Nobody has seen what is pending here, however old it is.
+            f" OR ((v.ts, v.node) < (excluded.base_ts, excluded.base_node) AND ifnull(v.batch, 0) <= ?{width + 7}))"
         )
         # RETURNING costs more than all the rest: only where some rows do not win.
-        self.compare = f"{self.store} RETURNING ?{width + 7}"
+        self.compare = f"{self.store} RETURNING ?{width + 8}"
         where = " AND ".join(f"{quote(part.name)} = ?{collate(part)}" for part in table.key)
         self.delete = f"DELETE FROM {quote(table.name)} WHERE {where}"
         self.locate = f"SELECT ts, node, rank, base_ts, base_node, deleted FROM {version} WHERE " + " AND ".join(
@@ -93,12 +95,14 @@ class Applier:
                 raise OutOfTheOrdinaryError(changes.table)
             # Deletes first: a unique value may have moved from a deleted row to a new one.
             if changes.deleted:
-                won = self._compare(statements, changes.deleted, changes.deleted_stamps, 1, limit_ms, all_win)
+                won = self._compare(
+                    statements, changes.deleted, changes.deleted_stamps, 1, limit_ms, all_win, context.published
+                )
                 self._connection.executemany(statements.delete, _picked(changes.deleted, won))
                 self._settle(statements.table, changes.deleted, changes.deleted_stamps, won, context)
             if changes.rows:
                 keys = list(map(_picker(changes.columns, changes.key), changes.rows))
-                won = self._compare(statements, keys, changes.row_stamps, 0, limit_ms, all_win)
+                won = self._compare(statements, keys, changes.row_stamps, 0, limit_ms, all_win, context.published)
                 self._connection.executemany(statements.write(changes.columns), _picked(changes.rows, won))
                 self._settle(statements.table, keys, changes.row_stamps, won, context)
 
@@ -136,6 +140,7 @@ class Applier:
         deleted: int,
         limit_ms: int,
         all_win: bool,
+        published: int,
     ) -> Sequence[int]:
         """Store the versions that win; returns the indexes of their rows, ascending."""
         times = list(map(itemgetter(0), stamps))
@@ -144,12 +149,16 @@ class Applier:
         if all_win:
             before = self._connection.totalchanges()
             self._connection.executemany(
-                statements.store, [(*key, *stamp, deleted) for key, stamp in zip(keys, stamps, strict=True)]
+                statements.store,
+                [(*key, *stamp, deleted, published) for key, stamp in zip(keys, stamps, strict=True)],
             )
             if self._connection.totalchanges() - before != len(keys):
                 raise OutOfTheOrdinaryError(statements.table.name)
             return range(len(keys))
-        bindings = [(*key, *stamp, deleted, index) for index, (key, stamp) in enumerate(zip(keys, stamps, strict=True))]
+        bindings = [
+            (*key, *stamp, deleted, published, index)
+            for index, (key, stamp) in enumerate(zip(keys, stamps, strict=True))
+        ]
         won = [row[0] for row in self._connection.executemany(statements.compare, bindings)]
         for index in set(range(len(keys))).difference(won):
             self._check_old(statements, keys[index], stamps[index], deleted)

@@ -152,7 +152,10 @@ class Resolver:
         if row.version > local.version:
             old = store.read(self._connection, table, row.key)
             buried = row.version.rank == 1 and row.version[:2] == local.version[:2]
-            unseen = old is not None and (buried or _unseen(local.version, row.version, row.base))
+            # Nobody has seen what is pending here, however old it is.
+            pending = local.batch is not None and local.batch > self._context.published
+            hidden = pending and row.version.node != local.version.node and local.version[:2] != row.base
+            unseen = old is not None and (buried or hidden or _unseen(local.version, row.version, row.base))
             return Winner(row, local, old, _why(row.version) if unseen else None)
         if row.stamped == local.version and row.version != local.version:
             # The stream bounded the time that this version claims; adopt what all others see.
