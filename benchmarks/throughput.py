@@ -20,7 +20,7 @@ from benchmarks.workload import (
     changes_of,
     connect,
     in_bulk,
-    seconds,
+    taken_by,
     wait_for,
 )
 
@@ -96,14 +96,14 @@ class _Course:
             contextlib.closing(connect(pair.first.db)) as application,
             contextlib.closing(connect(pair.second.db)) as reader,
         ):
-            alone = seconds(lambda: in_bulk(bare, sql, rows, size))
+            alone = taken_by(lambda: in_bulk(bare, sql, rows, size)).wall
 
             def replicate() -> None:
                 nonlocal wrote
-                wrote = seconds(lambda: in_bulk(application, sql, rows, size))
+                wrote = taken_by(lambda: in_bulk(application, sql, rows, size)).wall
                 wait_for(_finds(reader, last), "the last row arrives")
 
-            taken = seconds(replicate)
+            taken = taken_by(replicate).wall
             # The last row may come before the others of another group: all must be there and be the same.
             wait_for(lambda: _digest(reader) == _digest(application), "both nodes hold the same rows", 60.0, 0.2)
         return taken, alone, wrote

@@ -23,11 +23,12 @@ from benchmarks.workload import (
     UNIQUE_INDEX,
     UPDATE,
     Kind,
+    Taken,
     changes_of,
     connect,
     in_bulk,
     one_by_one,
-    seconds,
+    taken_by,
     wait_for,
 )
 from harmonylite.db.replica import Replica, ReplicaSettings
@@ -86,25 +87,26 @@ class _Databases:
                 inserts.append(insert)
                 updates.append(update)
         for name, times in (("insert", inserts), ("update", updates)):
-            bare = statistics.median(each for each, _ in times) / work.rows
-            total = sum(each for _, each in times) / sum(each for each, _ in times)
+            bare = statistics.median(each.wall for each, _ in times) / work.rows
+            cpu = statistics.median(captured.cpu / bare.cpu for bare, captured in times)
+            total = sum(each.wall for _, each in times) / sum(each.wall for each, _ in times)
             yield median_of(
                 f"{name}, {self.kind.name}, {work.name}",
-                [captured / bare for bare, captured in times],
+                [captured.wall / bare.wall for bare, captured in times],
                 "x bare",
                 work.aim,
-                f"bare {bare * 1e6:.1f} us a row; {total:.2f}x over all rounds together",
+                f"{cpu:.2f}x in processor time; bare {bare * 1e6:.1f} us a row; {total:.2f}x over all rounds together",
             )
 
-    def _round(self, write: Writer, sql: str, rows: Sequence[Sequence[object]], turn: int) -> tuple[float, float]:
-        """Seconds bare and captured; they take turns in going first."""
-        times = {}
+    def _round(self, write: Writer, sql: str, rows: Sequence[Sequence[object]], turn: int) -> tuple[Taken, Taken]:
+        """Bare and captured; they take turns in going first."""
+        taken = {}
         order = (self.bare, self.captured) if turn % 2 else (self.captured, self.bare)
         for connection in order:
-            times[connection] = seconds(lambda: write(connection, sql, rows))  # noqa: B023
+            taken[connection] = taken_by(lambda: write(connection, sql, rows))  # noqa: B023
             if connection is self.captured:
                 self.settle()
-        return times[self.bare], times[self.captured]
+        return taken[self.bare], taken[self.captured]
 
 
 @contextlib.contextmanager

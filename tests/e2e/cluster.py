@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -365,30 +364,6 @@ def _toml_value(value: object) -> str:
 
 
 # -- waiting
-
-
-class NotifySocket:
-    """What systemd would hear. A context manager; the daemon gets `path` as NOTIFY_SOCKET."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._heard: list[str] = []
-
-    def __enter__(self) -> NotifySocket:
-        self._socket.bind(str(self.path))
-        self._socket.setblocking(False)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._socket.close()
-
-    def received(self) -> list[str]:
-        """All lines so far."""
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                self._heard += self._socket.recv(65536).decode().splitlines()
-        return self._heard
 
 
 def eventually(condition: Callable[[], object], timeout_s: float = 20.0, what: str = "", pause_s: float = 0.05) -> None:

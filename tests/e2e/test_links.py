@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from harmonylite.stream.log import parse_time_ns
-from tests.e2e.cluster import Node, NotifySocket, eventually, hub_and_leaves
+from tests.e2e.cluster import Node, eventually, hub_and_leaves
+from tests.e2e.notify import NotifySocket
 from tests.e2e.proxy import Link, Proxy
 from tests.e2e.writers import SCHEMA, WRITE, WriterProcess, verify, writing
 

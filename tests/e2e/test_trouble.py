@@ -8,6 +8,7 @@ import signal
 import socket
 import sqlite3
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,6 +63,7 @@ def test_a_server_program_that_is_missing(tmp_path: Path) -> None:
         cluster.wait_settled(60)
 
 
+@pytest.mark.xfail(strict=True, reason="status stays healthy while publishing is refused")
 def test_a_store_that_is_full(tmp_path: Path) -> None:
     """An external server whose store has no room: the rows wait, and go out once it has some."""
     port = free_port()
@@ -93,19 +95,62 @@ def test_a_store_that_is_full(tmp_path: Path) -> None:
             assert other.execute("SELECT count(*) FROM item") == [(1 + 50 * batches + 20,)]
 
 
-def test_a_hub_with_a_tiny_store(tmp_path: Path) -> None:
-    """The stream drops its oldest messages rather than refuse new ones; nodes that are up get every row."""
+@pytest.mark.parametrize(
+    "leaf_first",
+    [
+        False,
+        pytest.param(
+            True, marks=pytest.mark.xfail(strict=True, reason="a leaf that makes the stream gives it no bound")
+        ),
+    ],
+)
+def test_a_hub_with_a_tiny_store(tmp_path: Path, leaf_first: bool) -> None:
+    """The stream drops its oldest messages rather than refuse new ones; nodes that are up get every row.
+
+    leaf_first: the hub's database is not there yet, so that a leaf makes the stream.
+    """
     cluster, _ = hub_and_leaves(tmp_path, SCHEMA, 1)
     with cluster:
         hub, leaf = cluster.nodes.values()
         hub.configure({"nats": {**hub.settings["nats"], "max_store": 1 << 20}})
-        cluster.start()
+        away = hub.db.rename(hub.folder / "away.db") if leaf_first else None
+        hub.start()
+        leaf.start()
         eventually(lambda: "caught up" in leaf.log_text(), 20, "the leaf replicates")
+        if away:
+            away.rename(hub.db)
+        eventually(lambda: "caught up" in hub.log_text(), 20, "the hub replicates")
         for batch in range(20):
             for node in (leaf, hub):
                 write_rows(node, 50, 4000, name=f"n{node.node_id}-{batch}")
-            eventually(lambda: cluster.converged(), 30, "all rows everywhere")
+            eventually(cluster.converged, 30, f"all rows of round {batch} everywhere")
         assert hub.execute("SELECT count(*) FROM item") == [(2000,)]
+
+
+@pytest.mark.xfail(strict=True, reason="a gap republishes everything, also when that is more than the stream holds")
+def test_a_transaction_larger_than_the_stream(tmp_path: Path) -> None:
+    """It cannot be kept by the stream; that is said, and everything else goes on."""
+    cluster, _ = hub_and_leaves(tmp_path, SCHEMA, 1)
+    with cluster:
+        hub, leaf = cluster.nodes.values()
+        hub.configure({"nats": {**hub.settings["nats"], "max_store": 2 << 20}})
+        cluster.start()
+        eventually(lambda: "caught up" in leaf.log_text(), 20, "the leaf replicates")
+        with leaf.open_db() as connection:
+            connection.execute("BEGIN")
+            rows = ((f"huge-{number}", 2, number, os.urandom(20_000).hex()) for number in range(250))
+            connection.executemany(WRITE, rows)
+            connection.execute("COMMIT")
+        write_rows(leaf, 10, name="after")
+        write_rows(hub, 10, name="of the hub")
+        eventually(lambda: hub.execute("SELECT count(*) FROM item WHERE id LIKE 'after%'") == [(10,)], 30, "later rows")
+        eventually(lambda: leaf.execute("SELECT count(*) FROM item WHERE node = 1") == [(10,)], 30, "the hub's rows")
+        if hub.execute("SELECT count(*) FROM item WHERE id LIKE 'huge%'") != [(250,)]:
+            assert "ERROR" in leaf.log_text()
+            assert (leaf.status() or {})["status"] == "degraded"
+            noise = len(leaf.log_text().splitlines())
+            time.sleep(10)
+            assert len(leaf.log_text().splitlines()) < noise + 5, "it tries again and again"
 
 
 @contextlib.contextmanager
@@ -122,6 +167,7 @@ def small_disk(folder: Path, size: str) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", str(folder)], check=False)
 
 
+@pytest.mark.xfail(strict=True, reason="status stays healthy while the disk is full")
 def test_a_disk_that_is_full(tmp_path: Path) -> None:
     """Of the node that receives: one line, the daemon stays up, and what waited arrives when there is room."""
     disk = tmp_path / "node2"

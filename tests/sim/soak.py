@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from harmonylite.model import RawText
 from tests.sim import history as history_module
 from tests.sim.generator import generate
 from tests.sim.history import History
@@ -50,7 +51,8 @@ def report(failed: HistoryFailed, seed: int | None) -> None:
 def replay(path: Path) -> int:
     """Run the history in a file, as `report` prints it. Returns the exit code."""
     text = path.read_text()
-    history = eval(text[text.index("History(") :], vars(history_module).copy())
+    names = {**vars(history_module), "RawText": RawText, "inf": float("inf")}
+    history = eval(text[text.index("History(") :], names)
     failed = failure(history)
     if failed is None:
         print("the history passes")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.sim.mutations import MUTATIONS, Mutation, broken, catch
+from tests.sim.breaking import Mutation, broken, catch
+from tests.sim.mutations import MUTATIONS
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.rule)
