@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import NamedTuple
 
 
@@ -74,6 +75,13 @@ class TableChanges:
 
     def __len__(self) -> int:
         return len(self.rows) + len(self.deleted)
+
+    def row_keys(self) -> list[Row]:
+        """The key of each of `rows`, in the order of `key`."""
+        positions = [self.columns.index(name) for name in self.key]
+        if len(positions) == 1:
+            return list(map(itemgetter(slice(positions[0], positions[0] + 1)), self.rows))
+        return list(map(itemgetter(*positions), self.rows))
 
 
 @dataclass(frozen=True, slots=True)

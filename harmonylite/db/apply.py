@@ -7,7 +7,7 @@ edit, other columns, a row that does not fit) makes it step back, and `resolve` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from operator import itemgetter
 
 import apsw
@@ -101,7 +101,7 @@ class Applier:
                 self._connection.executemany(statements.delete, _picked(changes.deleted, won))
                 self._settle(statements.table, changes.deleted, changes.deleted_stamps, won, context)
             if changes.rows:
-                keys = list(map(_picker(changes.columns, changes.key), changes.rows))
+                keys = changes.row_keys()
                 won = self._compare(statements, keys, changes.row_stamps, 0, limit_ms, all_win, context.published)
                 self._connection.executemany(statements.write(changes.columns), _picked(changes.rows, won))
                 self._settle(statements.table, keys, changes.row_stamps, won, context)
@@ -185,11 +185,3 @@ def _is_exact(part: KeyColumn) -> bool:
 
 def _picked(rows: Sequence[Row], won: Sequence[int]) -> Sequence[Row]:
     return rows if len(won) == len(rows) else [rows[index] for index in won]
-
-
-def _picker(columns: Sequence[str], key: Sequence[str]) -> Callable[[Row], Row]:
-    """Takes the key out of a row, as a tuple."""
-    positions = [columns.index(name) for name in key]
-    if len(positions) == 1:
-        return itemgetter(slice(positions[0], positions[0] + 1))
-    return itemgetter(*positions)

@@ -11,8 +11,7 @@ import apsw
 
 from harmonylite import wire
 from harmonylite.db import rows as store
-from harmonylite.db.capture import key_columns
-from harmonylite.db.outbox import decode_typed, typed_sql
+from harmonylite.db.outbox import decode_typed, typed_keys_sql
 from harmonylite.db.rows import Values
 from harmonylite.db.schema import Table
 from harmonylite.db.sql import quote, rows
@@ -22,15 +21,6 @@ _EVICTED = quote("__harmonylite__evicted")
 
 # The savepoint around a trial write.
 _TRIAL = "__harmonylite__trial"
-
-RESULT_UNIQUE = apsw.SQLITE_CONSTRAINT_UNIQUE
-RESULT_PRIMARY_KEY = apsw.SQLITE_CONSTRAINT_PRIMARYKEY
-RESULT_ROWID = apsw.SQLITE_CONSTRAINT_ROWID
-
-
-def is_clash(error: apsw.Error) -> bool:
-    """Whether a write failed because another row has the same unique value."""
-    return getattr(error, "extendedresult", 0) in (RESULT_UNIQUE, RESULT_PRIMARY_KEY, RESULT_ROWID)
 
 
 def order(version: Version, key: Row) -> tuple[int, int, bytes]:
@@ -73,8 +63,8 @@ class Trial:
         try:
             self._connection.execute(f"DELETE FROM {_EVICTED}")
             store.insert(self._connection, self._table, values, on_conflict="REPLACE")
-            typed = ", ".join(typed_sql(name) for name in key_columns(self._table).split(", "))
-            evicted = [decode_typed(row) for row in rows(self._connection, f"SELECT {typed} FROM {_EVICTED}")]
+            keys = typed_keys_sql(self._table)
+            evicted = [decode_typed(row) for row in rows(self._connection, f"SELECT {keys} FROM {_EVICTED}")]
         finally:
             # An error may have ended the whole transaction (disk full): then there is nothing to roll back to.
             if not self._connection.getautocommit():

@@ -131,7 +131,7 @@ class Database:
         if self._acknowledged > self.state.published_batch:
             self.state = replace(self.state, published_batch=self._acknowledged)
             versions.forget_joins(self.writer, self._acknowledged)
-        if self.schema is None or schema_cookie(self.writer) != self.schema.cookie:
+        if self.is_stale(self.writer):
             self._install()
 
     def _identify(self) -> None:
@@ -162,6 +162,11 @@ class Database:
         if known is not None:
             log.info("schema changed", extra={"fields": {"tables": len(self.schema.tables)}})
         self._on_schema(self.schema)
+
+    def is_stale(self, connection: apsw.Connection) -> bool:
+        """Whether the schema that a connection sees is another than the one that capture was installed for."""
+        schema = self.schema  # once: the writer's thread may replace it while the reader's asks
+        return schema is None or schema_cookie(connection) != schema.cookie
 
     def published(self) -> int:
         """Batches up to this one were acknowledged, durably or not yet."""

@@ -73,7 +73,6 @@ class Outbox:
     def __init__(
         self, schema: Schema, node_id: int, *, numbers: Iterator[int], group_rows: int, max_bytes: int
     ) -> None:
-        self._schema = schema
         self._node_id = node_id
         self._group_rows = group_rows
         self._max_bytes = max_bytes
@@ -163,8 +162,7 @@ class _Reader:
         self._live_typed = f"SELECT {_STAMP}, {typed} {live} WHERE {span} AND v.deleted = 0"
         gone = f"FROM {version} AS v WHERE {span} AND v.deleted = 1"
         self._deleted = f"SELECT {_STAMP}, {keys} {gone}"
-        typed_keys = ", ".join(typed_sql(name) for name in keys.split(", "))
-        self._deleted_typed = f"SELECT {_STAMP}, {typed_keys} {gone}"
+        self._deleted_typed = f"SELECT {_STAMP}, {typed_keys_sql(table, 'v.')} {gone}"
 
     def has_pending(self, connection: apsw.Connection, published: int) -> bool:
         return any(True for _ in connection.execute(self._pending, (published,)))
@@ -220,6 +218,11 @@ def typed_sql(expression: str) -> str:
         f"CASE typeof({expression}) WHEN 'text' THEN CAST({expression} AS BLOB) ELSE {expression} END,"
         f" typeof({expression}) = 'text'"
     )
+
+
+def typed_keys_sql(table: Table, prefix: str = "") -> str:
+    """`typed_sql` of k0, k1, ..: the key's columns in one of our tables."""
+    return ", ".join(typed_sql(f"{prefix}{name}") for name in key_columns(table).split(", "))
 
 
 def decode_typed(row: Row, untyped: int = 0) -> Row:

@@ -33,11 +33,11 @@ from harmonylite.db.conflicts import Recorder
 from harmonylite.db.database import Database, PositionsLostError, ReplicaSettings
 from harmonylite.db.outbox import Outbox, OutgoingGroup
 from harmonylite.db.resolve import MISFIT, Context
-from harmonylite.db.schema import Schema, Skipped, Table, schema_cookie, schema_text
+from harmonylite.db.schema import Schema, Skipped, Table, schema_text
 from harmonylite.db.sql import normal
 from harmonylite.db.tables import State
 from harmonylite.db.versions import NO_CORRECTION, Correction
-from harmonylite.model import Delivery, Group, Position, ReceivedGroup, Row, TableChanges, Undecodable
+from harmonylite.model import Delivery, Group, Position, ReceivedGroup, Row, Undecodable
 
 __all__ = ["Applied", "Replica", "ReplicaSettings", "newest_ms"]
 
@@ -273,15 +273,13 @@ class Replica:
 
     def has_log(self) -> bool:
         """Writer. Whether there is anything to absorb, or the schema has changed; takes no lock."""
-        return self._is_stale() or (self._settings.publish and self._absorber.has_log(self._writer))
-
-    def _is_stale(self) -> bool:
-        schema = self._database.schema
-        return schema is None or schema_cookie(self._writer) != schema.cookie
+        return self._database.is_stale(self._writer) or (
+            self._settings.publish and self._absorber.has_log(self._writer)
+        )
 
     def follow_schema(self) -> None:
         """Writer. Install capture for the schema as it is now, if that has changed; else takes no lock."""
-        if self._is_stale():
+        if self._database.is_stale(self._writer):
             with self._database.transaction():
                 pass
 
@@ -319,12 +317,8 @@ class Replica:
         connection = self._writer if on_writer else self._reader
         connection.execute("BEGIN")
         try:
-            schema = self._database.schema
-            clean = (
-                schema is not None
-                and schema_cookie(connection) == schema.cookie
-                and not (self._settings.publish and self._absorber.has_log(connection))
-            )
+            stale = self._database.is_stale(connection)
+            clean = not stale and not (self._settings.publish and self._absorber.has_log(connection))
         except BaseException:
             _end(connection)
             raise
@@ -436,7 +430,7 @@ class Replica:
     def _list_orphans(self, group: Group, context: Context) -> None:
         """Children whose parent was deleted elsewhere at the same time: kept, and listed for the operator."""
         children, parents = self._foreign_keys.by_child, self._foreign_keys.by_parent
-        written = {c.table: _keys(c) for c in group.tables if c.rows and normal(c.table) in children}
+        written = {c.table: c.row_keys() for c in group.tables if c.rows and normal(c.table) in children}
         deleted = {c.table: c.deleted for c in group.tables if c.deleted and normal(c.table) in parents}
         if not written and not deleted:
             return
@@ -543,8 +537,3 @@ def newest_ms(group: Group) -> int:
     """The newest version time in a group, 0 if it is empty."""
     stamps = (stamps for changes in group.tables for stamps in (changes.row_stamps, changes.deleted_stamps))
     return max((max(map(itemgetter(0), each)) for each in stamps if each), default=0)
-
-
-def _keys(changes: TableChanges) -> list[Row]:
-    positions = [changes.columns.index(name) for name in changes.key]
-    return [tuple(row[position] for position in positions) for row in changes.rows]

@@ -127,9 +127,7 @@ class Resolver:
 
     def _incoming(self, changes: TableChanges, table: Table | None) -> Iterator[Incoming]:
         names = [self._local_name(table, name) for name in changes.columns]
-        positions = [changes.columns.index(name) for name in changes.key]
-        for values, stamp in zip(changes.rows, changes.row_stamps, strict=True):
-            key = tuple(values[position] for position in positions)
+        for key, values, stamp in zip(changes.row_keys(), changes.rows, changes.row_stamps, strict=True):
             yield self._row(key, stamp, dict(zip(names, values, strict=True)))
         for key, stamp in zip(changes.deleted, changes.deleted_stamps, strict=True):
             yield self._row(key, stamp, None)

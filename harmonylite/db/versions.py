@@ -14,7 +14,7 @@ import apsw
 
 from harmonylite.db import capture, sparse, tables
 from harmonylite.db.capture import MAYBE_EVICTED, key_columns, key_match
-from harmonylite.db.outbox import decode_typed, typed_sql
+from harmonylite.db.outbox import decode_typed, typed_keys_sql
 from harmonylite.db.rows import bound, identity, marker
 from harmonylite.db.schema import Schema, Table
 from harmonylite.db.sql import integer, log_table, quote, rows, version_table
@@ -26,6 +26,13 @@ UNBOUNDED_MS = (1 << 62) - 1
 
 # One absorb transaction takes at most about this many log rows, so that its write lock stays short.
 ABSORB_ROWS = 5_000
+
+
+# What a write made here has seen: the version it replaces, or, if nobody else can have seen that, what that one had.
+_SEEN_BASE = (
+    "base_ts = CASE WHEN batch > :published THEN base_ts ELSE ts END,"
+    " base_node = CASE WHEN batch > :published THEN base_node ELSE node END"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +81,7 @@ class Absorb:
                 f" FROM {log} AS l WHERE l.seq <= :end GROUP BY {keys}"
                 f" HAVING min(l.op) < {MAYBE_EVICTED} OR {gone}"
                 f" ON CONFLICT ({keys}) DO UPDATE SET ts = max(excluded.ts, ts + 1), node = excluded.node, rank = 0,"
-                " deleted = excluded.deleted, batch = excluded.batch, settled_ms = NULL,"
-                " base_ts = CASE WHEN batch > :published THEN base_ts ELSE ts END,"
-                " base_node = CASE WHEN batch > :published THEN base_node ELSE node END"
+                f" deleted = excluded.deleted, batch = excluded.batch, settled_ms = NULL, {_SEEN_BASE}"
             ),
             clear=f"DELETE FROM {log}",
             clear_through=f"DELETE FROM {log} WHERE seq <= ?",
@@ -87,9 +92,8 @@ class Absorb:
 
 def find_vanished(connection: apsw.Connection, table: Table, limit: int) -> list[Row]:
     """Keys of rows that should be there and are not: gone by a way that no trigger sees. Reads the whole table."""
-    typed = ", ".join(typed_sql(f"v.{name}") for name in key_columns(table).split(", "))
     sql = (
-        f"SELECT {typed} FROM {version_table(table.name)} AS v WHERE v.deleted = 0"
+        f"SELECT {typed_keys_sql(table, 'v.')} FROM {version_table(table.name)} AS v WHERE v.deleted = 0"
         f" AND NOT EXISTS (SELECT 1 FROM {quote(table.name)} AS r WHERE {key_match(table, 'v', 'r')}) LIMIT ?"
     )
     return [decode_typed(row) for row in rows(connection, sql, (limit,))]
@@ -222,7 +226,7 @@ class Absorber:
         """A write made here covers the whole row: none of its columns has an older version any more."""
         if table.name not in sparse.tables_with_entries(connection):
             return
-        keys = ", ".join(typed_sql(name) for name in key_columns(table).split(", "))
+        keys = typed_keys_sql(table)
         for row in rows(connection, f"SELECT DISTINCT {keys} FROM {log_table(table.name)} WHERE seq <= ?", (end,)):
             sparse.forget(connection, table.name, identity(table, decode_typed(row)))
 
@@ -281,13 +285,9 @@ def recapture(connection: apsw.Connection, table: Table, *, node_id: int, batch:
     theirs = ", ".join(f"r.{quote(part.name)}" for part in table.key)
     present = " AND ".join(f"r.{quote(part.name)} IS NOT NULL" for part in table.key if part.nullable) or "true"
     there = f"EXISTS (SELECT 1 FROM {quote(table.name)} AS r WHERE {key_match(table, 'v', 'r')})"
-    base = (
-        "base_ts = CASE WHEN batch > :published THEN base_ts ELSE ts END,"
-        " base_node = CASE WHEN batch > :published THEN base_node ELSE node END"
-    )
     connection.execute(
         f"UPDATE {version} AS v SET ts = ts + 1, node = :node, rank = 0, deleted = NOT {there}, batch = :batch,"
-        f" settled_ms = NULL, {base} WHERE deleted = 0 OR {there}",
+        f" settled_ms = NULL, {_SEEN_BASE} WHERE deleted = 0 OR {there}",
         {"node": node_id, "batch": batch, "published": published},
     )
     changed = connection.changes()

@@ -342,10 +342,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "I10: concurrency is judged by what the writer had seen, not by what it wrote before",
-        (
-            Edit(_ABSORB, "base_ts = CASE WHEN batch > :published THEN base_ts ELSE ts END", "base_ts = ts"),
-            Edit(_ABSORB, "base_node = CASE WHEN batch > :published THEN base_node ELSE node END", "base_node = node"),
-        ),
+        (Edit(_ABSORB, "{_SEEN_BASE}", "base_ts = ts, base_node = node"),),
     ),
 )
 
