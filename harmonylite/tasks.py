@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 async def run_together(*coroutines: Coroutine[Any, Any, None]) -> None:
@@ -29,6 +31,27 @@ async def cancelled(task: asyncio.Task[Any] | None) -> None:
         return
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+async def undisturbed(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Await a library's coroutine in a task of its own, so that a cancellation of ours is always felt.
+
+    Before Python 3.12 `asyncio.wait_for`, which nats-py uses throughout, answers a cancellation that comes together
+    with the result by returning the result: the caller would go on, and whoever stops it would wait for ever.
+    """
+    task = asyncio.create_task(coroutine)
+    try:
+        await asyncio.wait([task])
+    except asyncio.CancelledError:
+        task.cancel()
+        task.add_done_callback(_forget)
+        raise
+    return task.result()
+
+
+def _forget(task: asyncio.Task[Any]) -> None:
+    if not task.cancelled():
+        task.exception()
 
 
 async def wait_first(*events: asyncio.Event, timeout_s: float | None = None) -> bool:

@@ -24,6 +24,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from harmonylite.model import Position
+from harmonylite.tasks import undisturbed
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +170,7 @@ async def api_message(
     if not client.is_connected:  # the client would buffer the request and send it some time later
         raise StreamUnavailable(f"not connected to NATS, {subject} was not sent")
     try:
-        return await client.request(subject, body, timeout=timeout_s, headers=headers)
+        return await undisturbed(client.request(subject, body, timeout=timeout_s, headers=headers))
     except nats.errors.NoRespondersError:
         raise StreamUnavailable(
             f"nobody answers {subject}: JetStream is off, still starting, or its hub is not reachable"
