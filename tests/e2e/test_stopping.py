@@ -12,7 +12,7 @@ import pytest
 from tests.e2e.cluster import Cluster, eventually
 from tests.stream.support import free_port
 
-ROUNDS = 40
+ROUNDS = 25
 
 
 @pytest.mark.slow
