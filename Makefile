@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SECONDS ?= 3600
 
-.PHONY: demo test test-slow lint bench soak clean
+.PHONY: demo test test-slow test-system lint bench soak deb apt-repo clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -16,10 +16,13 @@ demo: $(STAMP)            ## three nodes in a temporary folder, converging befor
 	$(BIN)/harmonylite demo
 
 test: $(STAMP)            ## the quick tests; no root, no network
-	$(BIN)/python -m pytest -m 'not slow' -n 2
+	$(BIN)/python -m pytest -m 'not slow and not system' -n 2
 
 test-slow: $(STAMP)       ## long simulations and fault tests with real processes
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
+
+test-system: $(STAMP)     ## Debian machines that install, replicate and suffer; needs root
+	$(BIN)/python -m pytest -m system tests/system
 
 lint: $(STAMP)            ## ruff and mypy, strict
 	$(BIN)/ruff check .
@@ -31,6 +34,12 @@ bench: $(STAMP)           ## the figures in README.md and docs/performance.md; w
 
 soak: $(STAMP)            ## generated histories for SECONDS seconds (default one hour)
 	$(BIN)/python -m tests.sim.soak --seconds $(SECONDS)
+
+deb: $(STAMP)             ## dist/*.deb for Debian 12 and 13
+	PYTHON=$(BIN)/python packaging/build-deb.sh
+
+apt-repo: deb             ## dist/apt: a signed repository of them
+	packaging/apt-repo.sh
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

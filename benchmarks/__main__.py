@@ -1,4 +1,4 @@
-"""Run the benchmarks: `python -m benchmarks [--json FILE] [--only NAME ...] [--quick] [--folder DIR]`."""
+"""Run the benchmarks: `python -m benchmarks [--json FILE] [--only NAME ...] [--quick] [--gigabyte] [--folder DIR]`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 
-from benchmarks import idle, latency, locks, throughput, wire_size, write_path
+from benchmarks import catchup, idle, latency, locks, throughput, wire_size, write_path
 from benchmarks.figures import Figure, Setting, table, to_json
 from benchmarks.machine import describe_machine, describe_versions
 
@@ -24,6 +24,7 @@ BENCHMARKS: Mapping[str, tuple[str, Callable[[Setting], Iterator[Figure]]]] = {
     "idle": ("start and idle", idle.run),
     "wire": ("bytes in the stream", wire_size.run),
     "locks": ("the application's writes beside a backlog", locks.run),
+    "catchup": ("catching up from a snapshot", catchup.run),
 }
 
 
@@ -42,7 +43,7 @@ def main() -> int:
         for name in names:
             title, run = BENCHMARKS[name]
             try:
-                results[name] = list(run(Setting(Path(folder, name), arguments.quick)))
+                results[name] = list(run(Setting(Path(folder, name), arguments.quick, arguments.gigabyte)))
             except Exception as error:  # the others are still to be run
                 failed[name] = f"{type(error).__name__}: {error}"
                 print(f"{title}: failed: {failed[name]}\n", file=sys.stderr, flush=True)
@@ -76,6 +77,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, versions and all figures to FILE")
     parser.add_argument("--only", nargs="+", choices=list(BENCHMARKS), metavar="NAME", help=", ".join(BENCHMARKS))
     parser.add_argument("--quick", action="store_true", help="small sizes: shows that everything works, no more")
+    parser.add_argument("--gigabyte", action="store_true", help="catchup: a database of 1 GB instead of 100 MB")
     parser.add_argument(
         "--folder", default="/var/tmp", metavar="DIR", help="a folder on the disk to be measured (/var/tmp)"
     )

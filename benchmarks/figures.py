@@ -88,10 +88,12 @@ def to_json(figure: Figure) -> dict[str, object]:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Where a benchmark may put its files (on a real disk), and whether it should only show that it works."""
+    """Where a benchmark may put its files (on a real disk), whether it should only show that it works, and whether
+    the large database is to be a gigabyte."""
 
     folder: Path
     quick: bool
+    gigabyte: bool = False
 
     def choose(self, full: int, quick: int) -> int:
         """A size or a duration."""

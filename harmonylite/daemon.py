@@ -9,58 +9,55 @@ import asyncio
 import logging
 import os
 import signal
-import socket
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import apsw
 
-from harmonylite import __version__, clock
-from harmonylite.config import Config
-from harmonylite.db.replica import Replica, ReplicaSettings
+from harmonylite import __version__, reload
+from harmonylite.config import Config, ConfigError, load
+from harmonylite.db.replica import Replica
 from harmonylite.db.tables import ForeignDatabaseError
 from harmonylite.db.watch import Watch
 from harmonylite.engine import Engine
 from harmonylite.housekeeping import Housekeeper
+from harmonylite.membership import Membership
 from harmonylite.observe import log as logs
-from harmonylite.observe.control import AlreadyRunning, ControlError, ControlServer
+from harmonylite.observe.control import AlreadyRunning, ControlServer
 from harmonylite.observe.health import health_handler
 from harmonylite.observe.http import HttpServer, Response
 from harmonylite.observe.log import Repeated
 from harmonylite.observe.metrics import CONTENT_TYPE, Metrics
-from harmonylite.observe.notify import Notifier
-from harmonylite.observe.status import summary
-from harmonylite.replication import Mode, Progress, Session, Wakeup
+from harmonylite.observe.notify import STARTING_S, Notifier
+from harmonylite.progress import Mode, Progress, Wakeup
+from harmonylite.replication import BeginAgain, Session
 from harmonylite.report import Reporter
+from harmonylite.snapshot.service import SnapshotService
 from harmonylite.stream.client import ClientSettings, Connection
-from harmonylite.stream.log import LogError, LogSettings
-from harmonylite.stream.registry import DuplicateNode, NodeEntry, Registry
+from harmonylite.stream.log import LogError
+from harmonylite.stream.provision import ensure_streams
 from harmonylite.stream.server import BundledServer
-from harmonylite.stream.server_config import store_limit
 from harmonylite.stream.server_settings import ServerSettings, SettingsError
-from harmonylite.tasks import cancelled, run_together
+from harmonylite.tasks import cancelled, run_together, wait_first, wait_for
 from harmonylite.timekeeping import Timekeeper
 from harmonylite.uplink import Uplink
+from harmonylite.wiring import TOLERANCE_MS, log_settings, replica_settings
 
 log = logging.getLogger(__name__)
 
-# How far ahead of the stream's time a version may be before it is bounded (DESIGN 8).
-TOLERANCE_MS = 60_000
 # What SIGTERM leaves for publishing what is pending.
 LAST_CALL_S = 5.0
 # Between two tries to open a database that is not there or locked, or to use streams that are not.
 RETRY_S = 1.0
-ANNOUNCE_S = 10.0
-DAY_MS = 86_400_000
 
 
-def run(config: Config) -> int:
-    """Run until SIGTERM or SIGINT. Returns the exit code."""
+def run(config: Config, reload: Callable[[], Config] | None = None) -> int:
+    """Run until SIGTERM or SIGINT. Returns the exit code. reload: reads the configuration anew, for SIGHUP; raises
+    ConfigError."""
     logs.setup(verbose=config.logging.verbose, format=config.logging.format)  # type: ignore[arg-type]
-    daemon = Daemon(config)
+    daemon = Daemon(config, reload or (lambda: load(config.file)))
     try:
         code = asyncio.run(daemon.main())
         if daemon.start_again:
@@ -78,15 +75,18 @@ def run(config: Config) -> int:
 class Daemon:
     """One node, from start to stop."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, load_again: Callable[[], Config]) -> None:
         self._config = config
+        self._load_again = load_again
         self._metrics = Metrics(config.prometheus.namespace, config.prometheus.subsystem)
         self._time = Timekeeper(TOLERANCE_MS)
-        self._replica = Replica(config.db_path, _replica_settings(config))
+        self._replica = Replica(config.db_path, replica_settings(config))
         self._engine = Engine(self._replica, self._time, self._metrics, compress=config.replication_log.compress)
         self._progress = Progress()
         self._wakeup = Wakeup()
         self._opened = asyncio.Event()
+        self._reloaded = asyncio.Event()
+        self._ready = self._out_of_time = False
         self._stop = asyncio.Event()
         self.start_again = False
         leaf = not config.external and bool(config.nats.leaf_servers)
@@ -95,10 +95,12 @@ class Daemon:
         if not config.external:
             self._server = BundledServer(ServerSettings.from_config(config), self._uplink.server_changed)
         self._connection = self._uplink.connection = Connection(ClientSettings.from_config(config), self._urls)
-        self._registry: Registry | None = None
+        self._session: Session | None = None
         self._notifier = Notifier()
         self._trouble = Repeated(log, 600.0)
-        self._reporter = Reporter(config, self._engine, self._progress, self._uplink, self._server)
+        self._snapshots = SnapshotService(config, self._engine, self._progress, wake=self._wakeup.set)
+        self._reporter = Reporter(config, self._engine, self._progress, self._uplink, self._server, self._snapshots)
+        self._membership = Membership(config, self._replica, self._reporter, self._progress, self._uplink)
         self._housekeeper = Housekeeper(config, self._engine, self._uplink, self._reporter, self._notifier)
 
     def _urls(self) -> tuple[str, ...]:
@@ -110,8 +112,10 @@ class Daemon:
 
     async def main(self) -> int:
         """Everything, until somebody asks to stop."""
-        control = ControlServer(self._config.db_path, {"status": self._on_status, "cluster": self._on_cluster})
+        handlers = {"status": self._on_status, "cluster": self._on_cluster, **self._snapshots.handlers()}
+        control = ControlServer(self._config.db_path, handlers)
         await control.start()  # first: it is also the guard against a second daemon on this database
+        self._snapshots.start()
         servers = self._http_servers()
         watch = Watch(self._config.db_path, self._on_commit)
         self._catch_signals()
@@ -126,10 +130,12 @@ class Daemon:
             if self._server is not None:
                 await self._server.start()
             await self._connection.start()
-            self._notifier.ready("starting")
             code = await self._work()
         finally:
             self._notifier.stopping("stopping")
+            await self._snapshots.close()
+            if not self._out_of_time:
+                await self._membership.sign_off()
             await self._connection.close()
             if self._server is not None:
                 await self._server.stop()
@@ -165,11 +171,15 @@ class Daemon:
                 await cancelled(task)
 
     async def _open(self) -> None:
-        """Open the database, however long that takes; raises only for what waiting cannot mend."""
+        """Open the database, however long that takes; raises only for what waiting cannot mend.
+
+        Ready is who captures, or waits for a database that is not there yet or locked: the application may come hours
+        later, and a service manager would take that for a start that failed.
+        """
         complain = Repeated(log, 600.0)
         while True:
             try:
-                await self._engine.open()
+                await run_together(self._engine.open(), self._ask_for_time())
                 break
             except ForeignDatabaseError:
                 raise
@@ -181,6 +191,7 @@ class Daemon:
                 complain.warning(
                     "the database cannot be opened; trying again", {"db": self._config.db_path, "reason": reason}
                 )
+                self._say_ready()
                 await asyncio.sleep(RETRY_S)
         self._reporter.database_error = None
         tables = self._replica.schema.tables
@@ -189,7 +200,21 @@ class Daemon:
         log.info("database open, capture installed", extra={"fields": {"tables": len(tables)}})
         self._opened.set()
         await self._reporter.refresh()
-        self._notifier.status(summary(self._reporter.current()))
+        self._say_ready()
+
+    async def _ask_for_time(self) -> None:
+        """While the database is being opened: taking stock of a large one, on a slow card, takes its time."""
+        while not self._ready:
+            self._notifier.starting()
+            await asyncio.sleep(STARTING_S / 4)
+        await asyncio.Event().wait()
+
+    def _say_ready(self) -> None:
+        if self._ready:
+            self._notifier.status(self._reporter.line())
+        else:
+            self._notifier.ready(self._reporter.line())
+        self._ready = True
 
     async def _last_call(self) -> None:
         """Publish what can be published in a few seconds."""
@@ -206,6 +231,7 @@ class Daemon:
             if await self._pending() == 0:
                 return
             await asyncio.sleep(0.05)
+        self._out_of_time = time.monotonic() >= deadline
 
     async def _pending(self) -> int | None:
         """Pending rows; None if the database does not tell."""
@@ -217,19 +243,19 @@ class Daemon:
 
     async def _fall_asleep(self) -> None:
         """`sleep_timeout`: exit after a while without any change, for hosts that scale to zero."""
-        timeout_s = self._config.sleep_timeout / 1000
-        if not timeout_s:
-            await self._stop.wait()
-            return
         seen = (-1, -1)
         while True:
+            timeout_s = self._config.sleep_timeout / 1000
+            if await wait_first(self._reloaded, timeout_s=timeout_s or None):
+                self._reloaded.clear()
+                continue
             now = (self._metrics.published.value, self._metrics.applied.value)
             if now == seen and self._opened.is_set() and await self._pending() == 0:
                 log.info("no change for a while, stopping", extra={"fields": {"sleep_timeout_s": timeout_s}})
+                await self._snapshots.save_before_sleep()
                 self._stop.set()
                 return
             seen = now
-            await asyncio.sleep(timeout_s)
 
     def _catch_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -238,19 +264,38 @@ class Daemon:
         loop.add_signal_handler(signal.SIGHUP, self._reload)
 
     def _reload(self) -> None:
-        """SIGHUP: read the file again and take over what can change while running (logging)."""
-        from harmonylite.config import ConfigError, load
-
-        self._notifier.reloading()
+        """SIGHUP: read the file again and take over what can change while running."""
+        if self._ready:
+            self._notifier.reloading()
         try:
-            fresh = load(self._config.file)
+            fresh = self._load_again()
         except ConfigError as error:
             log.error("configuration not reloaded", extra={"fields": {"error": str(error)}})
         else:
-            self._config = replace(self._config, logging=fresh.logging)
-            logs.setup(verbose=fresh.logging.verbose, format=fresh.logging.format)  # type: ignore[arg-type]
-            log.info("configuration reloaded: logging")
-        self._notifier.ready(summary(self._reporter.current()))
+            self._take_over(fresh)
+        if self._ready:
+            self._notifier.ready(self._reporter.line())
+
+    def _take_over(self, fresh: Config) -> None:
+        found = reload.compare(self._config, fresh)
+        self._config = config = reload.taken_over(self._config, fresh, found.live)
+        logs.setup(verbose=config.logging.verbose, format=config.logging.format)  # type: ignore[arg-type]
+        settings = replica_settings(config)
+        self._replica.change_limits(
+            group_rows=settings.group_rows,
+            max_transaction_bytes=settings.max_transaction_bytes,
+            tombstone_retention_ms=settings.tombstone_retention_ms,
+        )
+        self._housekeeper.interval_s = config.cleanup_interval / 1000
+        self._reloaded.set()
+        if self._session is not None:
+            self._session.poll_every(self._mode().polling_s)
+            self._session.publish_again()
+        fields = {"changed": list(found.live), "needs_restart": list(found.restart)}
+        if found.restart:
+            log.warning("configuration reloaded; part of it counts only after a restart", extra={"fields": fields})
+        else:
+            log.info("configuration reloaded", extra={"fields": fields})
 
     def _on_replaced(self) -> None:
         """Somebody put another file in the database's place, a restored backup for instance."""
@@ -266,14 +311,32 @@ class Daemon:
 
     async def _replicate(self) -> None:
         """One session per connection, for ever."""
-        await self._opened.wait()
+        await run_together(wait_for(self._opened), self._make_streams(), self._install())
         while True:
             client = await self._uplink.wait_connected()
-            settings = self._log_settings()
-            self._registry = Registry(client, settings)
-            session = Session(self._engine, client, settings, self._mode(), self._wakeup, self._progress, TOLERANCE_MS)
+            settings = log_settings(self._config, self._server)
+            self._membership.join(client, settings)
+            snapshots = self._snapshots
+            session = self._session = Session(
+                self._engine,
+                client,
+                settings,
+                self._mode(),
+                self._wakeup,
+                self._progress,
+                TOLERANCE_MS,
+                bridge=snapshots.bridging(client, settings),
+                on_caught_up=snapshots.caught_up,
+            )
             try:
-                await run_together(session.run(), self._uplink.wait_disconnected(), self._announce(self._registry))
+                await run_together(
+                    session.run(),
+                    self._uplink.wait_disconnected(),
+                    self._membership.announce(),
+                    snapshots.serve(client, settings),
+                )
+            except BeginAgain as reason:
+                log.info("replication begins again", extra={"fields": {"reason": str(reason)}})
             except LogError as error:
                 self._progress.error = str(error)
                 self._trouble.warning("replication waits", {"reason": str(error)})
@@ -289,58 +352,29 @@ class Daemon:
                 self._progress.publishing = False
             await asyncio.sleep(RETRY_S if self._uplink.connected else 0)
 
+    async def _make_streams(self) -> None:
+        """Until the database is there: a hub without one serves its leaves all the same, its streams bounded."""
+        while self._server is not None and self._server.plan.jetstream:
+            client = await self._uplink.wait_connected()
+            try:
+                await ensure_streams(client, log_settings(self._config, self._server))
+                await self._uplink.wait_disconnected()
+            except LogError as error:
+                self._trouble.warning("the streams cannot be made", {"reason": str(error)})
+                await asyncio.sleep(RETRY_S)
+        await self._opened.wait()
+
+    async def _install(self) -> None:
+        """Until the database is there: fetch one, if the cluster has a snapshot and the application makes none."""
+        while True:
+            client = await self._uplink.wait_connected()
+            settings = log_settings(self._config, self._server)
+            await run_together(self._snapshots.install(client, settings), self._uplink.wait_disconnected())
+            await asyncio.sleep(RETRY_S)
+
     def _mode(self) -> Mode:
         polling = self._config.polling_interval
         return Mode(self._config.publish, self._config.replicate, polling / 1000 if polling else None)
-
-    def _log_settings(self) -> LogSettings:
-        config = self._config
-        plan = self._server.plan if self._server else None
-        return LogSettings(
-            node_id=config.node_id,
-            subject_prefix=config.nats.subject_prefix,
-            stream_prefix=config.nats.stream_prefix,
-            shards=config.replication_log.shards,
-            replicas=config.replication_log.replicas,
-            domain=plan.domain if plan else config.nats.domain or None,
-            compress=config.replication_log.compress,
-            max_bytes=self._stream_bytes(),
-            update_existing=config.replication_log.update_existing,
-        )
-
-    def _stream_bytes(self) -> int:
-        """A stream discards its oldest messages before the server's store is full: then it would refuse new ones."""
-        if self._server is None or not self._server.plan.jetstream:
-            return -1  # whoever has the store decides
-        store = store_limit(self._config.data_dir, self._config.nats.max_store)
-        return store * 8 // 10 // self._config.replication_log.shards
-
-    async def _announce(self, registry: Registry) -> None:
-        """Tell the cluster about this node; a second live node with our id makes both say so."""
-        while True:
-            try:
-                await registry.ensure_bucket()
-                await registry.announce(self._entry())
-                self._reporter.fault = None
-            except DuplicateNode as error:
-                self._reporter.fault = str(error)
-                self._trouble.error("this node id is used twice", {"reason": str(error)})
-            except LogError as error:
-                log.debug("registry not reached", extra={"fields": {"error": str(error)}})
-            await asyncio.sleep(ANNOUNCE_S)
-
-    def _entry(self) -> NodeEntry:
-        current = self._reporter.current()
-        return NodeEntry(
-            node_id=self._config.node_id,
-            instance_id=self._replica.instance_id,
-            version=__version__,
-            hostname=socket.gethostname(),
-            schema=self._replica.schema.fingerprint(),
-            pending_rows=current.pending_rows,
-            position=dict(self._progress.positions),
-            seen_ms=clock.wall_ms(),
-        )
 
     # -- the operator's questions
 
@@ -362,34 +396,4 @@ class Daemon:
         return self._reporter.current().to_json()
 
     async def _on_cluster(self, _: Mapping[str, Any]) -> dict[str, Any]:
-        if self._registry is None or not self._uplink.connected:
-            raise ControlError("this node is offline: the cluster cannot be asked")
-        entries = await self._registry.nodes()
-        return {"nodes": [_entry_json(entry) for entry in entries]}
-
-
-def _replica_settings(config: Config) -> ReplicaSettings:
-    return ReplicaSettings(
-        node_id=config.node_id,
-        publish=config.publish,
-        include=config.tables.include,
-        exclude=config.tables.exclude,
-        group_rows=config.scan_max_changes,
-        max_transaction_bytes=config.max_transaction_bytes,
-        tolerance_ms=TOLERANCE_MS,
-        tombstone_retention_ms=round(config.tombstone_retention * DAY_MS),
-        boot_id=clock.boot_id(),
-    )
-
-
-def _entry_json(entry: NodeEntry) -> dict[str, Any]:
-    return {
-        "node_id": entry.node_id,
-        "status": "alive" if entry.alive else "silent",
-        "last_seen": logs.rfc3339((entry.stored_ms or entry.seen_ms) / 1000),
-        "version": entry.version,
-        "hostname": entry.hostname,
-        "pending_rows": entry.pending_rows,
-        "schema": entry.schema,
-        "position": dict(entry.position),
-    }
+        return {"nodes": await self._membership.nodes()}

@@ -7,9 +7,10 @@ them ever writes; the reader reads pinned snapshots for publishing beside them.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -23,8 +24,10 @@ from harmonylite.db.outbox import OutgoingGroup
 from harmonylite.db.replica import Applied, Pinned, Replica, newest_ms
 from harmonylite.db.versions import Correction
 from harmonylite.model import Delivery, Position
-from harmonylite.observe.log import Repeated
 from harmonylite.observe.metrics import Metrics
+from harmonylite.pace import Pace
+from harmonylite.retrying import Retrying
+from harmonylite.tasks import while_waiting
 from harmonylite.timekeeping import Timekeeper
 
 log = logging.getLogger(__name__)
@@ -37,13 +40,19 @@ INLINE_ROWS = 1_000
 # A pinned snapshot keeps the write-ahead log from being reset: it is let go after so long.
 PINNED_S = 2.0
 
-# Pauses between tries when the database is locked or its disk is full.
-RETRY_FIRST_S, RETRY_LONGEST_S = 0.05, 5.0
+# Looking for rows that were evicted unseen takes no more than this part of the time.
+LOOK_SHARE = 0.02
+
+# Rows of which nobody knows when they were written have versions up to this: they say nothing of the lag.
+UNKNOWN_TIME_MS = 1_000_000
+
+# So often it is looked where the application's transactions end, while they cannot be absorbed.
+SIGHT_S = 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A group, encoded. newest_ms: its newest version; through, torn: see OutgoingGroup."""
+    """A group, encoded. newest_ms: its newest version; through, torn: see OutgoingGroup; tables: what it is of."""
 
     number: int
     payload: bytes
@@ -51,6 +60,7 @@ class Packed:
     newest_ms: int
     through: int
     torn: bool
+    tables: tuple[str, ...] = ()
 
 
 class Engine:
@@ -63,11 +73,15 @@ class Engine:
         self._compress = compress
         self._writer = ThreadPoolExecutor(1, "writer")
         self._reader = ThreadPoolExecutor(1, "reader")
-        self._busy = Repeated(log)
+        self._retrying = Retrying(metrics, replica.take_lock_seconds)
         self._snapshot: Iterator[OutgoingGroup] | None = None
         self._pinned_at = 0.0
+        self._sighted = 0.0
         self._clock_lock = asyncio.Lock()
-        self.last_error: str | None = None
+        self._unlooked: set[str] = set()
+        self._next_look: dict[str, float] = {}
+        self.pace = Pace()
+        self.apply_held_s = 0.0
         self.last_applied_s: float | None = None
         self.last_published_s: float | None = None
         self.lag_s: float | None = None
@@ -98,26 +112,16 @@ class Engine:
 
     async def write(self, job: Callable[[], T]) -> T:
         """Run a job of the replica's writer. A lock, a full disk, an I/O error: tried again until it works."""
-        pause = RETRY_FIRST_S
-        while True:
-            try:
-                result = await self._on_writer(job)
-            except (apsw.BusyError, apsw.LockedError) as error:
-                self.metrics.busy_retries.inc(1)
-                self._complain("the application holds the database's lock; trying again", error)
-            except (apsw.FullError, apsw.IOError, apsw.CantOpenError, apsw.ReadOnlyError, apsw.NoMemError) as error:
-                self._complain("the database cannot be written; trying again", error)
-            else:
-                self.last_error = None
-                if held := self.replica.take_lock_seconds():
-                    self.metrics.apply_lock_seconds.observe(held)
-                return result
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, RETRY_LONGEST_S)
+        return (await self._write(job))[0]
 
-    def _complain(self, text: str, error: apsw.Error) -> None:
-        self.last_error = f"{text}: {error}"
-        self._busy.warning(text, {"error": str(error)})
+    async def _write(self, job: Callable[[], T]) -> tuple[T, float]:
+        """As `write`; also how many seconds the job held the database's lock."""
+        return await self._retrying.run(lambda: self._on_writer(lambda: (job(), self.replica.take_lock_seconds())))
+
+    @property
+    def last_error(self) -> str | None:
+        """Why something that has to be written is not; see Retrying."""
+        return self._retrying.last_error
 
     # -- publishing
 
@@ -128,10 +132,12 @@ class Engine:
         the reader, which `release` lets go.
         """
         if self._snapshot is None:
-            quick = await self.write(lambda: self._quick(after))
+            quick = await while_waiting(self.write(lambda: self._quick(after)), SIGHT_S, self._sight)
             if quick is not None:
                 return quick
             await self._pin(after)
+        elif time.monotonic() - self._sighted > SIGHT_S:
+            await self._sight(on_writer=True)
         return await self._on_reader(self._next_piece)
 
     def _quick(self, after: int) -> list[Packed] | None:
@@ -191,7 +197,15 @@ class Engine:
 
     def _pack(self, group: OutgoingGroup) -> Packed:
         payload = wire.encode_group(group.group, compress=self._compress)
-        return Packed(group.group.number, payload, len(group.group), newest_ms(group.group), group.through, group.torn)
+        return Packed(
+            number=group.group.number,
+            payload=payload,
+            rows=len(group.group),
+            newest_ms=newest_ms(group.group),
+            through=group.through,
+            torn=group.torn,
+            tables=tuple(changes.table for changes in group.group.tables),
+        )
 
     async def release(self) -> None:
         """Let go of the pinned snapshot."""
@@ -209,10 +223,16 @@ class Engine:
 
     async def apply(self, delivery: Delivery) -> Applied | None:
         """Let a delivery take effect; one that only moves the position is noted for the next write."""
+        self.apply_held_s = 0.0
         if not delivery.groups and not delivery.undecodable:
             self.replica.note_position(delivery.position)
             return None
-        applied = await self.write(lambda: self.replica.apply(delivery, self.time.bound_ms(), self.time.correction))
+        await self.pace.leave_free()
+        applied, held_s = await self._write(
+            lambda: self.replica.apply(delivery, self.time.bound_ms(), self.time.correction)
+        )
+        self.apply_held_s = held_s
+        self.pace.released(held_s)
         self._count(applied)
         return applied
 
@@ -221,13 +241,24 @@ class Engine:
         metrics.applied.inc(applied.rows)
         metrics.conflicts.inc(applied.conflicts)
         metrics.undecodable.inc(applied.undecodable)
-        if not applied.rows or not applied.newest_ms:
+        times = [newest for newest in applied.newest_ms if newest > UNKNOWN_TIME_MS]
+        if not applied.rows or not times:
             return
         now = self.time.server.now_ms() or clock.wall_ms()
-        for newest in applied.newest_ms:
+        for newest in times:
             self.lag_s = max(0.0, (now - newest) / 1000)
             metrics.replication_lag_seconds.observe(self.lag_s)
-        self.last_applied_s = max(applied.newest_ms) / 1000
+        self.last_applied_s = max(times) / 1000
+
+    # -- snapshots (see snapshot.local)
+
+    async def move_position(self, position: Position) -> None:
+        """See Replica.move_position."""
+        await self.write(lambda: self.replica.move_position(position))
+
+    def synced(self, server_ms: int) -> None:
+        """See Replica.note_synced."""
+        self.replica.note_synced(server_ms)
 
     # -- questions
 
@@ -242,6 +273,10 @@ class Engine:
 
     async def parked(self) -> int:
         return await self._ask(self.replica.parked)
+
+    async def unkeyed(self) -> int:
+        """See Replica.unkeyed: not for every minute."""
+        return await self._ask(self.replica.unkeyed)
 
     async def logged(self) -> int:
         """Changes that are not absorbed yet."""
@@ -262,7 +297,13 @@ class Engine:
 
     async def absorb(self) -> int:
         """See Replica.absorb."""
-        return await self.write(lambda: self.replica.absorb(self.time.bound_ms(), self.time.correction))
+        absorbing = self.write(lambda: self.replica.absorb(self.time.bound_ms(), self.time.correction))
+        return await while_waiting(absorbing, SIGHT_S, self._sight)
+
+    async def _sight(self, *, on_writer: bool = False) -> None:
+        self._sighted = time.monotonic()
+        with contextlib.suppress(apsw.Error):  # without it, what is absorbed together is only larger
+            await (self._on_writer if on_writer else self._on_reader)(lambda: self.replica.sight(on_writer=on_writer))
 
     async def _absorb_all(self) -> int:
         taken = 0
@@ -271,24 +312,44 @@ class Engine:
         return taken
 
     async def shorten_log(self, longer_than: int) -> int:
-        """Absorb everything if more than so many changes are logged. Returns how many were taken."""
-        return await self._absorb_all() if await self.logged() >= longer_than else 0
+        """Absorb everything if so many changes are logged, or some that may have evicted rows unseen. Returns how many
+        were taken."""
+        due = await self.logged() >= longer_than or await self._ask(self.replica.look_is_due)
+        return await self._absorb_all() if due else 0
 
     async def follow_schema(self) -> None:
         """See Replica.follow_schema."""
         await self.write(self.replica.follow_schema)
 
-    async def audit(self) -> int:
-        """Look for rows that went unseen by triggers. Returns how many were found; they are published as deletes."""
+    async def audit(self, names: Sequence[str] | None = None) -> int:
+        """Look for rows that went unseen by triggers, in all tables or in some. Returns how many were found; they are
+        published as deletes."""
         found = 0
         await self._absorb_all()
-        for name in [table.name for table in self.replica.schema.tables.values()]:
+        for name in [table.name for table in self.replica.schema.tables.values()] if names is None else names:
             await self._absorb_all()  # a delete that is still in the log was seen, and has its own time
             table = self.replica.schema.table(name)
             keys = await self._on_reader(partial(self.replica.find_vanished, table)) if table else []
             if keys:
                 found += len(keys)
                 await self.write(partial(self.replica.log_vanished, name, keys))
+        return found
+
+    async def look_again(self) -> int:
+        """`audit` of the tables that were written and not looked through. The larger a table, the more seldom: looking
+        takes no more than LOOK_SHARE of the time."""
+        if self.replica.has_unlooked():
+            self._unlooked.update(await self._on_writer(self.replica.take_unlooked))
+        found = 0
+        for name in sorted(self._unlooked):
+            if self._next_look.get(name, 0.0) > (started := time.monotonic()):
+                continue
+            seen = await self.audit([name])
+            if not seen:  # else there may be more
+                self._unlooked.discard(name)
+            found += seen
+            ended = time.monotonic()
+            self._next_look[name] = ended + (ended - started) / LOOK_SHARE
         return found
 
     async def prune(self, server_ms: int) -> int:

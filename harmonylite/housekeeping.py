@@ -11,7 +11,6 @@ from harmonylite.config import Config
 from harmonylite.engine import Engine
 from harmonylite.observe.log import Repeated
 from harmonylite.observe.notify import Notifier, watchdog_interval
-from harmonylite.observe.status import summary
 from harmonylite.report import Reporter
 from harmonylite.tasks import run_together
 from harmonylite.uplink import Uplink
@@ -20,6 +19,8 @@ log = logging.getLogger(__name__)
 
 CLOCK_S = 1.0
 HOURLY_S = 3600.0
+# Rows without a key are counted that often, if anything was written: it reads an index of each table that may have any.
+UNKEYED_S = 600.0
 # Offline, a log is absorbed when it holds so many rows: then growth follows the rows changed, not the changes.
 LONG_LOG_ROWS = 20_000
 # Without any change the counts are looked at that seldom.
@@ -27,27 +28,30 @@ QUIET_REFRESH_S = 60.0
 
 
 class Housekeeper:
-    """Runs beside replication. touched: somebody committed since the last round."""
+    """Runs beside replication. touched: somebody committed since the last round; interval_s: between two rounds, may
+    change at any time."""
 
     def __init__(
         self, config: Config, engine: Engine, connection: Uplink, reporter: Reporter, notifier: Notifier
     ) -> None:
         self._db_path = config.db_path
-        self._interval_s = config.cleanup_interval / 1000
+        self.interval_s = config.cleanup_interval / 1000
         self._engine = engine
         self._connection = connection
         self._reporter = reporter
         self._notifier = notifier
         self._refreshed = 0.0
+        self._unkeyed_due = True
         self.touched = True
 
     async def run(self, opened: asyncio.Event, on_replaced: Callable[[], None]) -> None:
         """For ever. on_replaced: called once when the database's path leads to another file than at `opened`."""
         jobs = [
-            _every(self._interval_s, "status", lambda: self._keep_house(opened)),
+            _every(lambda: self.interval_s, "status", lambda: self._keep_house(opened)),
             self._watch_file(opened, on_replaced),
             _every(CLOCK_S, "clock", self._engine.check_clock, opened),
             _every(HOURLY_S, "tombstones", self._forget_tombstones, opened),
+            _every(UNKEYED_S, "rows without a key", self._count_unkeyed, opened),
             _every(HOURLY_S, "audit", self._audit, opened, delay_s=HOURLY_S),
         ]
         if (interval := watchdog_interval()) is not None:
@@ -77,16 +81,19 @@ class Housekeeper:
         self._notifier.watchdog()
 
     async def _keep_house(self, opened: asyncio.Event) -> None:
-        self._notifier.status(summary(self._reporter.current()))
+        self._notifier.status(self._reporter.line())
         if not opened.is_set():
             return
         if not self.touched and time.monotonic() - self._refreshed <= QUIET_REFRESH_S:
             return
         touched, self.touched = self.touched, False
         self._refreshed = time.monotonic()
+        self._unkeyed_due |= touched
         if touched:
             # Connected or not: a table that is new is captured from its first rows on.
             await self._engine.follow_schema()
+        if evicted := await self._engine.look_again():
+            log.info("rows that OR REPLACE had removed were found", extra={"fields": {"rows": evicted}})
         await self._reporter.refresh()
         if not self._connection.connected and (taken := await self._engine.shorten_log(LONG_LOG_ROWS)):
             log.debug("absorbed a long change log while offline", extra={"fields": {"rows": taken}})
@@ -97,6 +104,11 @@ class Housekeeper:
             while forgotten := await self._engine.prune(server_ms):
                 log.debug("tombstones forgotten", extra={"fields": {"rows": forgotten}})
 
+    async def _count_unkeyed(self) -> None:
+        if self._unkeyed_due:
+            self._unkeyed_due = False
+            await self._reporter.count_unkeyed()
+
     async def _audit(self) -> None:
         """Second line behind the triggers: rows that should be there and are not."""
         if found := await self._engine.audit():
@@ -104,7 +116,7 @@ class Housekeeper:
 
 
 async def _every(
-    interval_s: float,
+    interval_s: float | Callable[[], float],
     name: str,
     job: Callable[[], Awaitable[None]],
     opened: asyncio.Event | None = None,
@@ -124,4 +136,4 @@ async def _every(
             trouble.error(
                 "housekeeping failed; it is done again", {"job": name, "error": f"{type(error).__name__}: {error}"}
             )
-        await asyncio.sleep(interval_s)
+        await asyncio.sleep(interval_s() if callable(interval_s) else interval_s)

@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from functools import partial
 
 from nats.aio.client import Client
 
+from harmonylite.catchup import Gap
 from harmonylite.db.database import PositionsLostError
 from harmonylite.engine import Engine, Packed
 from harmonylite.model import Position
 from harmonylite.observe.log import Repeated
+from harmonylite.progress import Mode, Progress, Wakeup
+from harmonylite.publish_trouble import PublishTrouble
 from harmonylite.stream.consumer import Consumer, GapFound
-from harmonylite.stream.log import LogError, LogSettings, StreamState, ensure_streams, stream_state
-from harmonylite.stream.publisher import Published, Publisher, PublishFailed
-from harmonylite.tasks import run_together, wait_first
+from harmonylite.stream.log import LogError, LogSettings, StreamState, stream_state
+from harmonylite.stream.provision import ensure_streams
+from harmonylite.stream.publisher import GroupTooLarge, Published, Publisher, PublishFailed
+from harmonylite.stream.pull import PULL_EXPIRES_S
+from harmonylite.tasks import run_together
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +38,11 @@ WINDOW_GROUPS, WINDOW_BYTES = 64, 8 << 20
 # Pause after a publication failed, or a stream could not be used.
 RETRY_S = 1.0
 
+# After the log lost messages everybody has much to publish, most of it the same: a random pause of up to this, in which
+# a node reads what the first ones publish.
+HESITATION_S = 5.0
+FEW_ROWS = 200
+
 # The server's clock is asked for that often.
 CLOCK_INTERVAL_S = 60.0
 
@@ -38,48 +51,20 @@ CLOCK_INTERVAL_S = 60.0
 LOOK_AGAIN_S = (0.0, 0.001, 0.002, 0.004, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 
-@dataclass(slots=True)
-class Progress:
-    """What `status` shows. stream ends as seen last; publishing: the streams were read to
-    their ends and pending rows go out; hole: messages that were missed, if any; error: why replication waits."""
-
-    ends: dict[str, int] = field(default_factory=dict)
-    positions: dict[str, int] = field(default_factory=dict)
-    catching_up: bool = False
-    publishing: bool = False
-    hole: str | None = None
-    error: str | None = None
+class BeginAgain(LogError):  # noqa: N818 - what to do
+    """The log broke while this node was publishing: a new session bridges the gap before it publishes again."""
 
 
-class Wakeup:
-    """Tells the publisher that somebody committed."""
-
-    def __init__(self) -> None:
-        self._event = asyncio.Event()
-
-    def set(self) -> None:
-        self._event.set()
-
-    async def wait(self, timeout_s: float | None) -> bool:
-        """Wait for a commit (True), or for the time to pass (False)."""
-        # Not wait_for: until Python 3.12 it swallows a cancellation that comes just after a commit, and SIGTERM hangs.
-        if not await wait_first(self._event, timeout_s=timeout_s):
-            return False
-        self._event.clear()  # not when cancelled: the next one to wait must see it
-        return True
-
-
-@dataclass(frozen=True, slots=True)
-class Mode:
-    """What this node does. polling_s: look for changes that often besides being woken; None: never."""
-
-    publish: bool = True
-    replicate: bool = True
-    polling_s: float | None = None
+# Makes the database ready to be read on from; whether everybody now has much to publish (CatchUp.bridge).
+Bridge = Callable[[Gap], Awaitable[bool]]
 
 
 class Session:
-    """Replication over one connected client, until the connection is lost or `run` is cancelled."""
+    """Replication over one connected client, until the connection is lost or `run` is cancelled.
+
+    bridge: what to do about gaps; None: rows are published again, and what was missed stays missing. on_caught_up:
+    called when all streams were read to their ends.
+    """
 
     def __init__(
         self,
@@ -90,6 +75,8 @@ class Session:
         wakeup: Wakeup,
         progress: Progress,
         tolerance_ms: int,
+        bridge: Bridge | None = None,
+        on_caught_up: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine = engine
         self._client = client
@@ -98,6 +85,10 @@ class Session:
         self._wakeup = wakeup
         self._progress = progress
         self._tolerance_ms = tolerance_ms
+        self._bridge_gap = bridge
+        self._on_caught_up = on_caught_up
+        self._hesitates = False
+        self._connected_ms: int | None = None
         self._publisher = Publisher(client, settings)
         self._reached: dict[str, asyncio.Event] = {}
         self._in_flight: deque[tuple[Packed, asyncio.Task[Published]]] = deque()
@@ -105,6 +96,8 @@ class Session:
         self._unread: deque[tuple[int, Packed]] = deque()
         self._own_position = 0
         self._trouble = Repeated(log)
+        self._publish_trouble = PublishTrouble(progress)
+        self._begin_again = False
 
     async def run(self) -> None:
         """Returns when the connection is closed; raises LogError when the streams cannot be used."""
@@ -130,9 +123,31 @@ class Session:
     async def _open_streams(self) -> tuple[StreamState, ...]:
         states = await ensure_streams(self._client, self._settings)
         for state in states:
-            self._progress.ends[state.name] = state.last_seq
+            self._take_note(state)
             await self._learn_time(state)
+        self._connected_ms = self._engine.time.server.now_ms()
         return states
+
+    def _take_note(self, state: StreamState) -> None:
+        """A stream as it is now: groups that were too large for it may fit since."""
+        self._progress.ends[state.name] = state.last_seq
+        if state.name != self._settings.own_stream:
+            return
+        # Half of it: bytes in memory are not those on the wire, and parts have headers.
+        self._engine.replica.limit_groups((state.max_bytes or 0) // 2)
+        if self._publisher.stream_seen(state):
+            self.publish_again()
+
+    def poll_every(self, polling_s: float | None) -> None:
+        """Another value for `Mode.polling_s`."""
+        self._mode = replace(self._mode, polling_s=polling_s)
+        self._wakeup.set()
+
+    def publish_again(self) -> None:
+        """If a group was refused, send everything again that is pending: something may have changed for it."""
+        if self._publish_trouble.holds_back:
+            self._begin_again = True
+            self._wakeup.set()
 
     # -- reading
 
@@ -167,17 +182,22 @@ class Session:
         )
 
     async def _follow(self, consumer: Consumer, stream: str, end: int) -> None:
-        progress = self._progress
+        progress, pace = self._progress, self._engine.pace
         while True:
             if consumer.checked and consumer.read_through >= end and not self._reached[stream].is_set():
                 self._reached[stream].set()
-                progress.catching_up = not all(event.is_set() for event in self._reached.values())
+                progress.catching_up = not self._all_reached()
+                if not progress.catching_up:
+                    self._note_synced(self._connected_ms)
+                    self._on_caught_up()
             # The first read makes the gap test, and does not wait for messages that may not come.
-            delivery = await (consumer.read() if consumer.checked else consumer.read(wait_s=0))
+            wait_s = PULL_EXPIRES_S if consumer.checked else 0
+            delivery = await consumer.read(max_messages=pace.messages, max_bytes=pace.bytes, wait_s=wait_s)
             progress.ends[stream] = max(progress.ends.get(stream, 0), consumer.read_through)
             sequence = delivery.position.sequence
             if sequence != progress.positions.get(stream) or delivery.groups or delivery.undecodable:
                 await self._engine.apply(delivery)
+                pace.held(*consumer.taken, self._engine.apply_held_s)
                 progress.positions[stream] = sequence
                 self._engine.metrics.stream_position.labels(stream).set(sequence)
             if stream == self._settings.own_stream:
@@ -190,25 +210,65 @@ class Session:
         while self._unread and self._unread[0][0] <= self._own_position:
             self._engine.published(self._unread.popleft()[1])
 
-    async def _bridge(self, gap: GapFound) -> Position:
-        """The log lost messages that this node needs, or became another one.
+    def _all_reached(self) -> bool:
+        return all(event.is_set() for event in self._reached.values())
 
-        What this node has is published again, whoever wrote it, at the versions it has: so nothing that is here can
-        get lost in the cluster, and what others have comes from them the same way.
-        """
-        state = await stream_state(self._client, self._settings, gap.stream)
-        position = Position(gap.stream, state.created, max(0, state.first_seq - 1))
-        self._progress.hole = f"stream {gap.stream}: {gap.reason}"
-        log.error(
-            "the log does not continue where this node stopped; its rows are published again and reading starts at the"
-            " log's beginning; changes that only the lost messages held may be missing here",
-            extra={"fields": {"stream": gap.stream, "reason": gap.reason, "from": position.sequence + 1}},
-        )
-        if gap.stream == self._settings.own_stream:
+    def _note_synced(self, server_ms: int | None) -> None:
+        """Everything that was in the streams at that time has taken effect here."""
+        if server_ms is not None and self._progress.hole is None:
+            self._engine.synced(server_ms)
+
+    async def _bridge(self, found: GapFound) -> Position:
+        """The log does not go on. Returns the position to read on from; raises BeginAgain if that has to wait until
+        nothing is published any more."""
+        stream = found.stream
+        state = await stream_state(self._client, self._settings, stream)
+        position = await self._engine.position(stream)
+        if position is not None and self._only_own_missing(found, position):
+            log.info("only own messages were discarded unread", extra={"fields": {"stream": stream}})
+            position = Position(stream, state.created, (found.found or 1) - 1)
+            await self._engine.move_position(position)
+            return position
+        if self._reached[stream].is_set():
+            raise BeginAgain(str(found))
+        self._note_gap(found)
+        if stream == self._settings.own_stream:
             self._unread.clear()
             self._own_position = 0
-        await self._engine.write(lambda: self._engine.replica.start_over(position))
-        return position
+        if self._bridge_gap is None:
+            position = Position(stream, state.created, max(0, state.first_seq - 1))
+            self._progress.hole = f"stream {stream}: {found.reason}"
+            log.error(
+                "its rows are published again and reading starts at the log's beginning; changes that only the lost"
+                " messages held may be missing here",
+                extra={"fields": {"stream": stream, "from": position.sequence + 1}},
+            )
+            await self._engine.write(lambda: self._engine.replica.start_over(position))
+            return position
+        # Messages that are missing at the end of the stream have no first one after them.
+        needed = 0 if found.lost else state.last_seq if found.found is None else found.found - 1
+        self._hesitates |= await self._bridge_gap(Gap(stream, found.reason, found.lost, needed))
+        self._progress.gap = None
+        return await self._engine.position(stream) or Position(stream, "", 0)
+
+    def _only_own_missing(self, gap: GapFound, position: Position) -> bool:
+        """Whether this process published, and had acknowledged, all that was missed: nothing in it is new here."""
+        return (
+            gap.found is not None
+            and not gap.lost
+            and gap.stream == self._settings.own_stream
+            and position.sequence == gap.expected - 1
+            and self._publisher.sent_all(gap.expected, gap.found - 1)
+        )
+
+    def _note_gap(self, gap: GapFound) -> None:
+        text = f"stream {gap.stream}: {gap.reason}"
+        if text != self._progress.gap:
+            self._progress.gap = text
+            log.error(
+                "the log does not continue where this node stopped",
+                extra={"fields": {"stream": gap.stream, "reason": gap.reason, "lost": gap.lost}},
+            )
 
     # -- publishing
 
@@ -216,18 +276,24 @@ class Session:
         """Publish what is pending, for ever; first wait until all streams were read to their ends."""
         if self._mode.replicate:
             await asyncio.gather(*(event.wait() for event in self._reached.values()))
+        if self._hesitates and await self._engine.pending() > FEW_ROWS:
+            await asyncio.sleep(random.uniform(0, HESITATION_S))
         log.info("caught up, publishing", extra={"fields": {"pending": await self._engine.pending()}})
         self._progress.publishing = True
         after = 0
         while True:
             try:
                 after = await self._publish_all(after)
-                await self._idle()
-            except PublishFailed as failure:
-                self._trouble.warning("publication failed; it is done again", {"error": str(failure)})
+                if not self._begin_again:
+                    await self._idle()
+                if self._begin_again:
+                    self._begin_again, after = False, 0
+                    self._publish_trouble.begin_again()
+            except PublishFailed:
                 await self._engine.release()
                 await asyncio.sleep(RETRY_S)
                 after = 0
+                self._publish_trouble.begin_again()
 
     async def _publish_all(self, after: int) -> int:
         """Publish until nothing is left. Returns the last batch that was handed to the stream."""
@@ -251,7 +317,9 @@ class Session:
             len(self._in_flight) >= WINDOW_GROUPS or self._bytes_in_flight() + len(group.payload) > WINDOW_BYTES
         ):
             await self._settle(wait=True)
-        publication = self._publisher.publish(group.number, group.payload, group.newest_ms)
+        publication = self._publisher.publish(
+            group.number, group.payload, group.newest_ms, on_late=partial(self._publish_trouble.late, group)
+        )
         self._in_flight.append((group, asyncio.create_task(publication)))
         await asyncio.sleep(0)  # lets the publication reach the connection, in the order of the calls
 
@@ -264,13 +332,22 @@ class Session:
             group, task = self._in_flight[0]
             try:
                 published = await task
-            except PublishFailed:
+            except GroupTooLarge as refusal:
+                self._in_flight.popleft()
+                self._publish_trouble.refused(group, refusal)
+                wait = False
+                continue
+            except PublishFailed as failure:
+                self._publish_trouble.failed(group, failure)
                 # Those behind it may be stored or not: all of them are sent again.
                 await asyncio.gather(*(each for _, each in self._in_flight), return_exceptions=True)
                 self._in_flight.clear()
                 raise
             self._in_flight.popleft()
-            if self._mode.replicate:
+            self._publish_trouble.acknowledged(group)
+            if self._publish_trouble.holds_back:
+                pass  # sent again together with the group before it that was refused
+            elif self._mode.replicate:
                 self._unread.append((max(published.sequences), group))
                 self._mark_read()
             else:
@@ -290,6 +367,7 @@ class Session:
                 woken.cancel()
                 await asyncio.gather(woken, return_exceptions=True)
             await self._settle(wait=False)
+        self._publish_trouble.all_done()
         await self._wakeup.wait(self._mode.polling_s)
 
     # -- time
@@ -298,14 +376,18 @@ class Session:
         """Ask the server for its clock now and then, and for the streams' ends."""
         while True:
             await asyncio.sleep(CLOCK_INTERVAL_S)
+            asked_ms = self._engine.time.server.now_ms()
             for known in states:
                 try:
                     state = await stream_state(self._client, self._settings, known.name)
                 except LogError as error:
                     self._trouble.warning("the stream cannot be asked", {"stream": known.name, "error": str(error)})
                     continue
-                self._progress.ends[state.name] = state.last_seq
+                self._take_note(state)
                 await self._learn_time(state)
+            ends, positions = self._progress.ends, self._progress.positions
+            if self._all_reached() and all(positions.get(name, 0) >= end for name, end in ends.items()):
+                self._note_synced(asked_ms)
 
     async def _learn_time(self, state: StreamState) -> None:
         if state.server_ms is not None:

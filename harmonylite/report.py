@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 import apsw
 
@@ -10,8 +11,9 @@ from harmonylite import __version__
 from harmonylite.config import Config
 from harmonylite.engine import Engine
 from harmonylite.observe.log import rfc3339
-from harmonylite.observe.status import NodeStatus, SkippedTable, StreamPosition, judge
-from harmonylite.replication import Progress
+from harmonylite.observe.status import NodeStatus, SkippedTable, StreamPosition, judge, summary
+from harmonylite.progress import Progress
+from harmonylite.snapshot.service import SnapshotService
 from harmonylite.stream.server import BundledServer
 from harmonylite.uplink import Uplink
 
@@ -32,18 +34,26 @@ class Reporter:
         progress: Progress,
         connection: Uplink,
         server: BundledServer | None,
+        snapshots: SnapshotService,
     ) -> None:
         self._config = config
         self._engine = engine
         self._progress = progress
         self._connection = connection
         self._server = server
+        self._snapshots = snapshots
         self._started = time.monotonic()
         self._pending = 0
         self._parked = 0
+        self._unkeyed = 0
         self._opened = False
         self.database_error: str | None = "not opened yet"
         self.fault: str | None = None
+
+    @property
+    def parked(self) -> int:
+        """Rows that wait, as counted last."""
+        return self._parked
 
     async def refresh(self) -> None:
         """Count pending and parked rows, if the database answers."""
@@ -57,6 +67,11 @@ class Reporter:
             pass  # the application holds its lock: what was counted last is as good
         except apsw.Error as error:
             self.database_error = str(error)
+
+    async def count_unkeyed(self) -> None:
+        """Rows that cannot be replicated: read from whole tables, so now and then. Raises apsw.Error."""
+        self._unkeyed = await self._engine.unkeyed()
+        self._engine.metrics.unkeyed_rows.set(self._unkeyed)
 
     def current(self) -> NodeStatus:
         """The state of this node, judged."""
@@ -80,6 +95,7 @@ class Reporter:
             published_rows=engine.metrics.published.value,
             applied_rows=engine.metrics.applied.value,
             parked_rows=self._parked,
+            unkeyed_rows=self._unkeyed,
             conflicts=engine.replica.conflicts_total,
             lag_seconds=engine.lag_s,
             clock_offset_seconds=engine.time.offset_s(),
@@ -90,15 +106,28 @@ class Reporter:
             catching_up=self._progress.catching_up,
             last_replicated_event_timestamp=_time(engine.last_applied_s),
             last_published_event_timestamp=_time(engine.last_published_s),
-            snapshot=None,
+            catch_up=self._snapshots.state.catching_up,
+            snapshot=self._snapshots.info(),
         )
         return judge(
             node,
             capture_wanted=config.publish,
             server_keeps_dying=self._server is not None and self._server.state.failures >= DYING,
-            faults=[self.fault] if self.fault else [],
-            concerns=[text for text in (self._progress.hole, self._progress.error, engine.last_error) if text],
+            faults=[text for text in (self.fault, self._connection.duplicate) if text],
+            concerns=[*self._concerns()],
         )
+
+    def line(self) -> str:
+        """What `systemctl status` shows."""
+        if self.database_error and not self._opened:
+            return f"waiting for the database {self._config.db_path}: {self.database_error}"
+        return summary(self.current())
+
+    def _concerns(self) -> Iterator[str]:
+        progress = self._progress
+        yield from filter(None, (progress.hole, progress.error, self._engine.last_error))
+        yield from progress.refused.values()
+        yield from self._snapshots.concerns()
 
     def fill_metrics(self) -> None:
         """The gauges, as they are now."""

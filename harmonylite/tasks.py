@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -52,6 +52,24 @@ async def undisturbed(coroutine: Coroutine[Any, Any, T]) -> T:
 def _forget(task: asyncio.Task[Any]) -> None:
     if not task.cancelled():
         task.exception()
+
+
+async def while_waiting(
+    coroutine: Coroutine[Any, Any, T], interval_s: float, step: Callable[[], Awaitable[object]]
+) -> T:
+    """Await the coroutine; as long as it takes, do a step every `interval_s`."""
+    task = asyncio.ensure_future(coroutine)
+    try:
+        while not (await asyncio.wait([task], timeout=interval_s))[0]:
+            await step()
+        return task.result()
+    finally:
+        await cancelled(task)
+
+
+async def wait_for(event: asyncio.Event) -> None:
+    """Wait until it is set: for `run_together`."""
+    await event.wait()
 
 
 async def wait_first(*events: asyncio.Event, timeout_s: float | None = None) -> bool:

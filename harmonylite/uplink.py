@@ -13,7 +13,11 @@ from nats.aio.client import Client
 
 from harmonylite.stream.client import Connection
 from harmonylite.stream.server import ServerState
-from harmonylite.tasks import run_together
+from harmonylite.stream.server_log import DUPLICATE_NODE
+from harmonylite.tasks import run_together, wait_for
+
+# Long after the last time that the hub said so; leaves dial again every second or so.
+DUPLICATE_S = 30.0
 
 
 class Uplink:
@@ -25,11 +29,14 @@ class Uplink:
         self._leaf = leaf
         self._link_error: str | None = None
         self._link_lost: float | None = None
+        self._duplicate_at: float | None = None
         self._changed = asyncio.Event()
 
     def server_changed(self, state: ServerState) -> None:
         """The bundled server has a new state (BundledServer's on_change)."""
         error = state.link_error if self._leaf else None
+        if error == DUPLICATE_NODE:
+            self._duplicate_at = time.monotonic()
         if (error is None) != (self._link_error is None):
             self._link_lost = None if error is None else time.time()
             self._changed.set()
@@ -53,6 +60,13 @@ class Uplink:
         """Why there is no connection; None once connected."""
         return self.connection.last_error or self._link_error
 
+    @property
+    def duplicate(self) -> str | None:
+        """That another leaf has our name, as long as the two push each other off the hub."""
+        if self._duplicate_at is None or time.monotonic() - self._duplicate_at > DUPLICATE_S:
+            return None
+        return DUPLICATE_NODE
+
     async def wait_connected(self) -> Client:
         """Wait, if need be for ever, until the streams can be reached; returns the client."""
         while True:
@@ -60,13 +74,9 @@ class Uplink:
             client = await self.connection.wait_connected()
             if self._link_error is None:
                 return client
-            await run_together(self.connection.wait_disconnected(), _wait(changed))
+            await run_together(self.connection.wait_disconnected(), wait_for(changed))
 
     async def wait_disconnected(self) -> None:
         """Wait until they cannot be reached any more."""
         while self.connected:
-            await run_together(self.connection.wait_disconnected(), _wait(self._changed))
-
-
-async def _wait(event: asyncio.Event) -> None:
-    await event.wait()
+            await run_together(self.connection.wait_disconnected(), wait_for(self._changed))

@@ -179,7 +179,11 @@ def mount_of(folder: Path, table: Path = Path("/proc/self/mountinfo")) -> tuple[
         point = Path(parts[4].replace("\\040", " ").replace("\\011", "\t").replace("\\134", "\\"))
         # A later mount on the same point hides the earlier one.
         if real.is_relative_to(point) and len(point.parts) >= best[0]:
-            best = (len(point.parts), tail.split(" ")[0], tuple(parts[5].split(",")))
+            kind, *rest = tail.split(" ")
+            # After an error (ext4's errors=remount-ro) the file system is read-only, not the mount: the last field,
+            # with a word of its own since Linux 6.16.
+            failed = ("ro",) if rest and {"ro", "emergency_ro"} & set(rest[-1].split(",")) else ()
+            best = (len(point.parts), kind, (*parts[5].split(","), *failed))
     return best[1], best[2]
 
 

@@ -20,6 +20,10 @@ class Failure(Exception):  # noqa: N818
     """A command cannot do its work. The text is one line for the operator: what, where, what to do."""
 
 
+class WrongUsage(Exception):  # noqa: N818
+    """Options that do not go together; one line."""
+
+
 @dataclass(frozen=True, slots=True)
 class Command:
     """One command. examples: command lines that work as they stand, for the help text; run: gives the exit code."""

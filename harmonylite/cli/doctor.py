@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-from harmonylite.cli import checks
+from harmonylite.cli import checks, service
 from harmonylite.cli.checks import Check
 from harmonylite.cli.command import Command, add_json, load_config, print_json, print_line
 from harmonylite.config import Config, ConfigError
@@ -42,6 +42,7 @@ def _all_checks(arguments: argparse.Namespace) -> Iterator[Check]:
     yield daemon
     running = daemon.level != "warn"
     yield from checks.database_files(config.db_path)
+    yield from service.checks(config)
     yield from checks.database_content(config, running=running)
     yield from checks.file_system(config.db_path)
     yield from checks.clock_state()

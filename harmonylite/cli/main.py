@@ -12,8 +12,21 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
-from harmonylite.cli import check_config, cleanup, conflicts, demo, doctor, legacy, parked, run, status, version
-from harmonylite.cli.command import Command, Failure, warn
+from harmonylite.cli import (
+    check_config,
+    cleanup,
+    conflicts,
+    demo,
+    doctor,
+    legacy,
+    parked,
+    run,
+    setup,
+    snapshot,
+    status,
+    version,
+)
+from harmonylite.cli.command import Command, Failure, WrongUsage, warn
 from harmonylite.config import ConfigError
 from harmonylite.db.inspect import DatabaseUnreadable
 from harmonylite.observe.control import ControlError
@@ -27,6 +40,8 @@ COMMANDS: tuple[Command, ...] = (
     cleanup.COMMAND,
     conflicts.COMMAND,
     parked.COMMAND,
+    setup.COMMAND,
+    snapshot.COMMAND,
     doctor.COMMAND,
     demo.COMMAND,
     version.COMMAND,
@@ -34,7 +49,6 @@ COMMANDS: tuple[Command, ...] = (
 
 # Known from the Go implementation's flags, and made by no command of this version.
 NOT_YET = {
-    "snapshot": "snapshots are not available in this version",
     "schema": "the schema report is not available in this version",
 }
 
@@ -50,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
         code = _run(legacy.modern(arguments))
         sys.stdout.flush()
         return code
-    except _UsageError as error:
+    except (_UsageError, WrongUsage) as error:
         warn(str(error))
         return WRONG_USAGE
     except ConfigError as error:

@@ -12,7 +12,7 @@ def run(arguments: argparse.Namespace) -> int:
     # Only this command needs asyncio, NATS and the rest.
     from harmonylite import daemon
 
-    return daemon.run(config)
+    return daemon.run(config, reload=lambda: load_config(arguments))
 
 
 COMMAND = Command(

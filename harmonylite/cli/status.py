@@ -138,6 +138,7 @@ def _database(node: NodeStatus) -> str:
 def _connection(node: NodeStatus) -> str:
     if node.nats_connected:
         behind = f", catching up: {counted(node.messages_behind, 'message')} behind" if node.catching_up else ""
+        behind = f", catching up: {node.catch_up}" if node.catch_up else behind
         return f"connected to {node.nats_url}{behind}"
     since = ""
     if node.offline_since is not None:

@@ -27,8 +27,8 @@ _STREAM = r"[^\s.*>/\\]+"
 _METRIC = r"([a-zA-Z_][a-zA-Z0-9_]*)?"
 
 
-def _key(default: T, rule: Rule, doc: str, *, credential: str = "", example: str = "") -> T:
-    metadata = {"rule": rule, "doc": doc, "credential": credential, "example": example}
+def _key(default: T, rule: Rule, doc: str, *, credential: str = "", example: str = "", live: bool = False) -> T:
+    metadata = {"rule": rule, "doc": doc, "credential": credential, "example": example, "live": live}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -136,7 +136,7 @@ class Nats:
     connect_retries: int = _key(
         5,
         rules.integer(-1, 2**31 - 1),
-        "failed attempts before that is logged as a warning; a node never gives up",
+        "accepted for the Go implementation's files, without effect: a node never gives up connecting",
     )
     reconnect_wait_seconds: float = _key(2.0, rules.number(0.01, 3600, "s"), "pause between two attempts to connect")
     bind_address: str = _key(
@@ -200,8 +200,8 @@ class Prometheus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logging:
-    verbose: bool = _key(False, rules.boolean(), "log details too")
-    format: str = _key("console", rules.choice("console", "json"), "how a line looks")
+    verbose: bool = _key(False, rules.boolean(), "log details too", live=True)
+    format: str = _key("console", rules.choice("console", "json"), "how a line looks", live=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,21 +252,32 @@ class Config:
     )
     publish: bool = _key(True, rules.boolean(), "send this node's changes")
     replicate: bool = _key(True, rules.boolean(), "apply the other nodes' changes")
-    scan_max_changes: int = _key(512, rules.integer(1, 1_000_000, "rows"), "about so many go into one message")
-    cleanup_interval: int = _key(5000, rules.integer(100, _UINT32, "ms"), "pause between two rounds of housekeeping")
+    scan_max_changes: int = _key(
+        512, rules.integer(1, 1_000_000, "rows"), "about so many go into one message", live=True
+    )
+    cleanup_interval: int = _key(
+        5000, rules.integer(100, _UINT32, "ms"), "pause between two rounds of housekeeping", live=True
+    )
     sleep_timeout: int = _key(
-        0, rules.integer(0, _UINT32, "ms"), "without activity for so long, take a snapshot and exit; 0: never"
+        0,
+        rules.integer(0, _UINT32, "ms"),
+        "without activity for so long, take a snapshot and exit; 0: never",
+        live=True,
     )
     polling_interval: int = _key(
         0,
         rules.integer(0, _UINT32, "ms"),
         "look for changes that often, where inotify does not work; 0: never",
+        live=True,
     )
     tombstone_retention: float = _key(
-        90.0, rules.number(1, 36500, "days"), "deletes are remembered so long; longer than a node is offline"
+        90.0,
+        rules.number(1, 36500, "days"),
+        "deletes are remembered so long; longer than a node is offline",
+        live=True,
     )
     max_transaction_bytes: int = _key(
-        64 << 20, rules.size(64 << 10, 128 << 20), "a larger transaction arrives in steps, which is logged"
+        64 << 20, rules.size(64 << 10, 128 << 20), "a larger transaction arrives in steps, which is logged", live=True
     )
     replication_log: ReplicationLog = _table(ReplicationLog, "The streams that hold the changes.")
     snapshot: Snapshot = _table(Snapshot, "Copies of the database from which new or late nodes catch up.")
@@ -298,7 +309,8 @@ class Config:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key of the file. name: dotted; credential: the systemd credential that may hold it, or empty."""
+    """One key of the file. name: dotted; credential: the systemd credential that may hold it, or empty; live: SIGHUP
+    takes over a new value."""
 
     name: str
     rule: Rule
@@ -306,6 +318,7 @@ class Key:
     default: Any
     credential: str
     example: str
+    live: bool
 
     @property
     def table(self) -> str:
@@ -334,7 +347,8 @@ def _walk(kind: type[Any], name: str, doc: str) -> Iterator[Key | Table]:
         if "table" in about:
             below.append((about["table"], dotted, about["doc"]))
         elif "rule" in about:
-            yield Key(dotted, about["rule"], about["doc"], field.default, about["credential"], about["example"])
+            texts = about["credential"], about["example"]
+            yield Key(dotted, about["rule"], about["doc"], field.default, *texts, about["live"])
     for kind_below, dotted, doc_below in below:
         yield from _walk(kind_below, dotted, doc_below)
 

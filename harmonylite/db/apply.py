@@ -99,12 +99,12 @@ class Applier:
                     statements, changes.deleted, changes.deleted_stamps, 1, limit_ms, all_win, context.published
                 )
                 self._connection.executemany(statements.delete, _picked(changes.deleted, won))
-                self._settle(statements.table, changes.deleted, changes.deleted_stamps, won, context)
+                self._settle(statements.table, changes.deleted, changes.deleted_stamps, won, context, deleted=True)
             if changes.rows:
                 keys = changes.row_keys()
                 won = self._compare(statements, keys, changes.row_stamps, 0, limit_ms, all_win, context.published)
                 self._connection.executemany(statements.write(changes.columns), _picked(changes.rows, won))
-                self._settle(statements.table, keys, changes.row_stamps, won, context)
+                self._settle(statements.table, keys, changes.row_stamps, won, context, deleted=False)
 
     def careful(self, group: Group, context: Context, limit_ms: int) -> None:
         """Apply a group the fast way if that works, row by row otherwise."""
@@ -122,14 +122,22 @@ class Applier:
 
     @staticmethod
     def _settle(
-        table: Table, keys: Sequence[Row], stamps: Sequence[Stamp], won: Sequence[int], context: Context
+        table: Table,
+        keys: Sequence[Row],
+        stamps: Sequence[Stamp],
+        won: Sequence[int],
+        context: Context,
+        *,
+        deleted: bool,
     ) -> None:
         """Count the winners and drop what was parked for them."""
         context.applied += len(won)
         if table.name in context.recorder.parked_tables:
+            if deleted and len(won) < len(keys):
+                raise OutOfTheOrdinaryError("a delete that lost may be newer than a column that is set aside")
             for index in won:
                 version = Version(*stamps[index][:3])
-                if context.recorder.unpark(table.name, identity(table, keys[index]), version) is not None:
+                if context.recorder.unpark(table, identity(table, keys[index]), version, deleted=deleted) is not None:
                     raise OutOfTheOrdinaryError("a newer version of this row waits for it")
 
     def _compare(

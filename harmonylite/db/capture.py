@@ -2,7 +2,8 @@
 
 The triggers run inside the application's own statements, so they are as little as possible: one append to a
 table without an index, only built-in functions, no column besides the key (an application could otherwise not
-drop a column that a trigger mentions), except columns of a UNIQUE index, which SQLite refuses to drop anyway.
+drop a column that a trigger mentions), except columns of a UNIQUE constraint, which SQLite refuses to drop anyway.
+Rows that OR REPLACE evicts through any other unique index are found when the statement's own rows are absorbed.
 """
 
 from __future__ import annotations
@@ -101,15 +102,12 @@ def triggers(table: Table) -> tuple[Trigger, ...]:
         ),
         _trigger(table, "delete", f"AFTER DELETE ON {on}", _present(table, "OLD"), [_append(table, DELETED, "OLD")]),
     ]
-    readable = [index for index in table.uniques if index.terms]
-    if readable:
-        evicted = [_append_evicted(table, index) for index in readable]
-        named = dict.fromkeys(column for index in readable for column in index.columns)
-        # A generated column is never set itself: its index follows columns that we do not know.
-        settable = all(index.settable for index in readable)
-        of = f" OF {', '.join(quote(column) for column in named)}" if settable and named else ""
+    constraints = [index for index in table.uniques if index.columns]
+    if constraints:
+        evicted = [_append_evicted(table, index) for index in constraints]
+        named = dict.fromkeys(quote(column) for index in constraints for column, _ in index.columns)
         made.append(_trigger(table, "evict1", f"BEFORE INSERT ON {on}", "", evicted))
-        made.append(_trigger(table, "evict2", f"BEFORE UPDATE{of} ON {on}", "", evicted))
+        made.append(_trigger(table, "evict2", f"BEFORE UPDATE OF {', '.join(named)} ON {on}", "", evicted))
     return tuple(made)
 
 
@@ -125,15 +123,8 @@ def _append(table: Table, op: int, row: str) -> str:
 
 
 def _append_evicted(table: Table, index: UniqueIndex) -> str:
-    """Log the row that this statement evicts if it is an OR REPLACE: no delete trigger fires for it.
-
-    The index's own expressions are evaluated twice, over the rows that are there and over the new one: a subquery
-    gives NEW's values the names of the columns, so that no expression has to be rewritten.
-    """
-    new = f"(SELECT {', '.join(f'NEW.{quote(column)} AS {quote(column)}' for column in index.columns) or '1'})"
-    rival = [f"({term}) = (SELECT {term} FROM {new}) COLLATE {quote(coll)}" for term, coll in index.terms]
-    if index.where:
-        rival += [f"({index.where})", f"(SELECT {index.where} FROM {new})"]
+    """Log the row that this statement evicts if it is an OR REPLACE: no delete trigger fires for it."""
+    rival = [f"rival.{quote(column)} = NEW.{quote(column)} COLLATE {quote(coll)}" for column, coll in index.columns]
     if present := _present(table, "rival"):
         rival.append(present)
     keys = ", ".join(f"rival.{quote(part.name)}" for part in table.key)

@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import apsw
 
 from harmonylite import wire
 from harmonylite.db import tables
-from harmonylite.db.rows import Values, find_version
+from harmonylite.db.outbox import decode_typed, typed_keys_sql
+from harmonylite.db.rows import Values, find_version, identity
 from harmonylite.db.schema import Table
-from harmonylite.db.sql import rows
-from harmonylite.model import Row, Version
+from harmonylite.db.sql import integer, normal, rows, version_table
+from harmonylite.model import Row, Stamp, TableChanges, Version
 
 log = logging.getLogger(__name__)
 
+# Why a parked row waits although a newer one has taken effect: it has columns that neither that one nor the table has.
+OLDER = "older column"
+
+# Parked rows without those: nothing is late because of a column that was set aside.
+COUNT_WAITING = f"SELECT count(*) FROM {tables.PARKED} WHERE reason <> '{OLDER}'"
+
 # The newest conflicts kept; older ones make room. The total ever seen stays in `__harmonylite__meta`.
 KEEP_CONFLICTS = 10_000
+
+# From one name to the next: DISTINCT would read every row, of which there may be thousands.
+_PARKED_TABLES = (
+    f"WITH RECURSIVE found(name) AS (SELECT min(tbl) FROM {tables.PARKED} UNION ALL"
+    f" SELECT (SELECT min(tbl) FROM {tables.PARKED} WHERE tbl > name) FROM found WHERE name IS NOT NULL)"
+    " SELECT name FROM found WHERE name IS NOT NULL"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +51,27 @@ class Parked:
     reason: str
     detail: str
 
+    def as_changes(self) -> TableChanges:
+        """A change to be tried again."""
+        stamps = (Stamp(*self.version, *self.base),)
+        if self.row is None:
+            return TableChanges(self.table, self.key_names, self.key_names, deleted=(self.key,), deleted_stamps=stamps)
+        return TableChanges(
+            self.table, self.key_names, tuple(self.row), rows=(tuple(self.row.values()),), row_stamps=stamps
+        )
+
+    def leftover(self, table: Table) -> Parked | None:
+        """What still waits when a newer row has taken effect that lacks columns of this one: these, until the table has
+        them (DESIGN 6: "a losing message still fills columns whose version is older"). None: nothing."""
+        if self.row is None:
+            return None
+        missing = {name: value for name, value in self.row.items() if table.column(name) is None}
+        if not missing:
+            return None
+        keys = {normal(name) for name in self.key_names}
+        kept = {name: value for name, value in self.row.items() if name in missing or normal(name) in keys}
+        return replace(self, row=kept, reason=OLDER, detail=", ".join(missing))
+
 
 @dataclass(slots=True)
 class Recorder:
@@ -49,8 +84,7 @@ class Recorder:
     parked_tables: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        names = rows(self.connection, f"SELECT DISTINCT tbl FROM {tables.PARKED}")
-        self.parked_tables = {name for (name,) in names}
+        self.parked_tables = {name for (name,) in rows(self.connection, _PARKED_TABLES)}
 
     def conflict(
         self,
@@ -113,16 +147,31 @@ class Recorder:
                 )
         self.parked_tables.add(row.table)
 
-    def unpark(self, table: str, id: bytes, version: Version) -> Parked | None:
+    def unpark(self, table: Table, id: bytes, version: Version, *, deleted: bool) -> Parked | None:
         """A version of the row has taken effect: drop what is not newer, return (and take out) what is.
 
         What waited for this very row, a partial one for instance, may fit now.
         """
-        if table not in self.parked_tables:
+        if table.name not in self.parked_tables:
             return None
-        waiting = _load(self.connection, "WHERE tbl = ? AND id = ?", (table, id))
-        self.connection.execute(f"DELETE FROM {tables.PARKED} WHERE tbl = ? AND id = ?", (table, id))
-        return next((each for each in waiting if each.version > version), None)
+        for waiting in load_parked(self.connection, "WHERE tbl = ? AND id = ?", (table.name, id)):
+            if waiting.version > version:
+                _forget(self.connection, waiting)
+                return waiting
+            _outdate(self.connection, waiting, table, deleted=deleted)
+        return None
+
+    def outdate(self, table: Table, id: bytes, version: Version) -> None:
+        """A delete of that version has lost to the row: it is newer than columns of older ones all the same."""
+        if table.name in self.parked_tables:
+            for waiting in load_parked(self.connection, "WHERE tbl = ? AND id = ?", (table.name, id)):
+                if waiting.version < version and waiting.reason == OLDER:
+                    _forget(self.connection, waiting)
+
+    def paused_tables(self) -> int:
+        """Tables with rows that wait and count."""
+        waits = f"SELECT EXISTS (SELECT 1 FROM {tables.PARKED} WHERE tbl = ? AND reason <> ?)"
+        return sum(integer(self.connection, waits, (name, OLDER)) for name in self.parked_tables)
 
     def trim(self) -> None:
         """Keep the conflict log bounded."""
@@ -135,24 +184,54 @@ class Recorder:
 
 def take_parked(connection: apsw.Connection) -> list[Parked]:
     """Remove and return every parked row, for another try."""
-    found = _load(connection)
+    found = load_parked(connection)
     connection.execute(f"DELETE FROM {tables.PARKED}")
     return found
 
 
-def drop_beaten(connection: apsw.Connection, written: Sequence[Table]) -> None:
-    """Parked rows that a write made here has beaten wait for nothing any more."""
-    if not written:
-        return
-    waiting = {name for (name,) in rows(connection, f"SELECT DISTINCT tbl FROM {tables.PARKED}")}
+def drop_beaten(connection: apsw.Connection, written: Sequence[Table], batch: int | None) -> None:
+    """Parked rows that a write made here has beaten wait for nothing any more. batch: the writes', None: any."""
     for table in written:
-        for parked in _load(connection, "WHERE tbl = ?", (table.name,)) if table.name in waiting else ():
+        candidates: list[Parked] = []
+        if batch is None:
+            candidates = load_parked(connection, "WHERE tbl = ?", (table.name,))
+        elif integer(connection, f"SELECT EXISTS (SELECT 1 FROM {tables.PARKED} WHERE tbl = ?)", (table.name,)):
+            # Thousands may wait through a rolling upgrade, and this is done for every commit.
+            keys = f"SELECT {typed_keys_sql(table)} FROM {version_table(table.name)} WHERE batch = ?"
+            ids = [identity(table, decode_typed(key)) for key in rows(connection, keys, (batch,))]
+            for id in ids:
+                candidates += load_parked(connection, "WHERE tbl = ? AND id = ?", (table.name, id))
+        for parked in candidates:
             local = find_version(connection, table, parked.key)
             if local is not None and local.version >= parked.version:
-                connection.execute(f"DELETE FROM {tables.PARKED} WHERE tbl = ? AND id = ?", (table.name, parked.id))
+                _outdate(connection, parked, table, deleted=local.deleted)
 
 
-def _load(connection: apsw.Connection, where: str = "", bindings: Sequence[object] = ()) -> list[Parked]:
+def _outdate(connection: apsw.Connection, parked: Parked, table: Table, *, deleted: bool) -> None:
+    """A newer version has taken effect, which was a delete or not."""
+    kept = None if deleted else parked.leftover(table)
+    if kept is None:
+        _forget(connection, parked)
+    elif kept != parked:
+        connection.execute(
+            f"UPDATE {tables.PARKED} SET row = ?, reason = ?, detail = ? WHERE tbl = ? AND id = ?",
+            (wire.pack(dict(kept.row or {})), kept.reason, kept.detail, kept.table, kept.id),
+        )
+
+
+def _forget(connection: apsw.Connection, parked: Parked) -> None:
+    connection.execute(f"DELETE FROM {tables.PARKED} WHERE tbl = ? AND id = ?", (parked.table, parked.id))
+
+
+def forget_older(connection: apsw.Connection, before_ms: int) -> None:
+    """Columns that are set aside since before that time, by this node's clock: nobody will add them any more."""
+    connection.execute(f"DELETE FROM {tables.PARKED} WHERE reason = ? AND parked_ms < ?", (OLDER, before_ms))
+
+
+def load_parked(
+    connection: apsw.Connection, where: str = "", bindings: Sequence[object] = (), *, table: str = tables.PARKED
+) -> list[Parked]:
+    """Parked rows; `table`: where, as SQL."""
     columns = "tbl, id, key_names, key, ts, node, rank, base_ts, base_node, deleted, row, reason, detail"
     return [
         Parked(
@@ -167,7 +246,7 @@ def _load(connection: apsw.Connection, where: str = "", bindings: Sequence[objec
             detail=detail,
         )
         for name, id, key_names, key, ts, node, rank, base_ts, base_node, deleted, row, reason, detail in rows(
-            connection, f"SELECT {columns} FROM {tables.PARKED} {where}", bindings
+            connection, f"SELECT {columns} FROM {table} {where}", bindings
         )
     ]
 

@@ -56,12 +56,13 @@ class Database:
     def __init__(
         self, path: Path, settings: ReplicaSettings, now_ms: Callable[[], int], on_schema: Callable[[Schema], None]
     ) -> None:
-        self._path = path
+        self.path = path
         self._settings = settings
         self._now_ms = now_ms
         self._on_schema = on_schema
         self._loaded = False
         self._acknowledged = 0
+        self._synced_ms = 0
         self._noted: dict[str, Position] = {}
         self._forgotten: set[str] = set()
         self._lock_seconds = 0.0
@@ -75,12 +76,12 @@ class Database:
 
     def open(self) -> None:
         """See Replica.open."""
-        self.writer = sql.open_writer(self._path)
+        self.writer = sql.open_writer(self.path)
         try:
             with self.transaction():
                 pass
             self._forgotten.clear()  # nobody has read anything yet
-            self.reader = sql.open_reader(self._path)
+            self.reader = sql.open_reader(self.path)
         except BaseException:
             self.writer.close()
             raise
@@ -131,6 +132,8 @@ class Database:
         if self._acknowledged > self.state.published_batch:
             self.state = replace(self.state, published_batch=self._acknowledged)
             versions.forget_joins(self.writer, self._acknowledged)
+        if self._synced_ms > self.state.synced_at_ms:
+            self.state = replace(self.state, synced_at_ms=self._synced_ms)
         if self.is_stale(self.writer):
             self._install()
 
@@ -175,6 +178,9 @@ class Database:
     def mark_published(self, through: int) -> None:
         self._acknowledged = max(self._acknowledged, through)
 
+    def note_synced(self, server_ms: int) -> None:
+        self._synced_ms = max(self._synced_ms, server_ms)
+
     def note_position(self, position: Position) -> None:
         if position.stream not in self._forgotten:
             self._noted[position.stream] = position
@@ -189,7 +195,11 @@ class Database:
 
     def has_notes(self) -> bool:
         """Whether an acknowledgement or a position is known that the database does not have."""
-        return self._acknowledged > self.state.published_batch or bool(self._noted)
+        return (
+            self._acknowledged > self.state.published_batch
+            or self._synced_ms > self.state.synced_at_ms
+            or bool(self._noted)
+        )
 
     def raise_floor(self, server_ms: int) -> None:
         """Inside a transaction that has emptied the change logs: what is written from now on was written after

@@ -17,6 +17,7 @@ from urllib.parse import quote as quote_url
 import apsw
 
 from harmonylite.db import capture, schema
+from harmonylite.db.conflicts import COUNT_WAITING
 from harmonylite.db.sql import PREFIX, integer, log_table, normal, rows, snapshot, version_table
 from harmonylite.db.tables import CONFLICT, META, PARKED, POSITION, TABLE
 from harmonylite.model import Position, Row, Value
@@ -142,7 +143,7 @@ def _overview(connection: apsw.Connection) -> Overview:
         node_id=meta.get("node_id"),
         tables=tracked,
         pending_rows=pending,
-        parked_rows=count(f"SELECT count(*) FROM {PARKED}", f"{PREFIX}parked"),
+        parked_rows=count(COUNT_WAITING, f"{PREFIX}parked"),
         conflicts_total=meta.get("conflicts_total") or 0,
         positions=tuple(positions),
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import apsw
 
-from harmonylite.db import capture, schema, tables, versions
+from harmonylite.db import capture, evictions, schema, tables, versions
 from harmonylite.db.schema import Schema, Table
 from harmonylite.db.sql import PREFIX, integer, log_table, normal, quote, rows, version_table
 from harmonylite.db.tables import State
@@ -64,6 +64,11 @@ def install(
         # A table that came after the first installation has rows that nobody saw; at the first, nothing is stamped.
         if settings.publish and not first and (key in lost | off | lost_logs):
             state = _recapture(connection, table, settings.node_id, state)
+        if settings.publish and table.evicts_unseen and (stamped := evictions.stamp_unversioned(connection, table)):
+            log.info(
+                "rows are known from now on: one that OR REPLACE evicts is noticed",
+                extra={"fields": {"table": table.name, "rows": stamped}},
+            )
         connection.execute(
             f"INSERT INTO {tables.TABLE} VALUES (?, ?)"
             " ON CONFLICT (name) DO UPDATE SET definition = excluded.definition",
@@ -163,7 +168,13 @@ def _absorb_leftovers(
         and _has_columns(connection, log_table(table.name), table, _LOG_COLUMNS)
         and _has_columns(connection, version_table(table.name), table, _VERSION_COLUMNS)
     }
-    absorber = versions.Absorber(replace(everything, tables=intact), node_id)
+    triggers = capture.installed(connection).triggers
+    captured = {
+        key
+        for key, table in intact.items()
+        if all(f"{PREFIX}{table.name}_{kind}" in triggers for kind in capture.ESSENTIAL)
+    }
+    absorber = versions.Absorber(replace(everything, tables=intact), node_id, captured)
     _, state = absorber.absorb(connection, state, bound_ms=bound_ms, correction=correction, limit=versions.UNBOUNDED_MS)
     return state
 

@@ -51,12 +51,12 @@ class Span:
     hi: int
     cuts: tuple[int, ...] = ()
 
-    def parts(self) -> Iterator[Span]:
-        """The span in pieces, none of which may be cut."""
-        lo = self.lo
-        for cut in self.cuts:
-            yield Span(lo, cut, (cut,))
-            lo = cut + 1
+    def halves(self) -> Iterator[Span]:
+        """The span in two, which may be cut again."""
+        middle = len(self.cuts) // 2
+        first, second = self.cuts[:middle], self.cuts[middle:]
+        yield Span(self.lo, first[-1], first)
+        yield Span(first[-1] + 1, self.hi, second)
 
 
 @dataclass(slots=True)
@@ -68,14 +68,20 @@ class _Part:
 
 
 class Outbox:
-    """Reads one table after the other; knows nothing of connections or transactions, which the caller has."""
+    """Reads one table after the other; knows nothing of connections or transactions, which the caller has.
+
+    group_rows: a group is closed once it holds so many; group_bytes: it holds no more than that if it can be cut
+    between transactions, 0 for no such limit; max_bytes: it never holds more, a transaction is cut for that. Bytes are
+    those of the values in memory. All three may change between two calls of `groups`.
+    """
 
     def __init__(
         self, schema: Schema, node_id: int, *, numbers: Iterator[int], group_rows: int, max_bytes: int
     ) -> None:
         self._node_id = node_id
-        self._group_rows = group_rows
-        self._max_bytes = max_bytes
+        self.group_rows = group_rows
+        self.group_bytes = 0
+        self.max_bytes = max_bytes
         self._readers = tuple(_Reader(table) for table in schema.tables.values())
         self._numbers = numbers
 
@@ -97,7 +103,7 @@ class Outbox:
         for batch in sorted(sizes):
             if lo and batch > joined_to:
                 cuts.append(hi)
-                if total >= self._group_rows:
+                if total >= self.group_rows:
                     yield Span(lo, hi, tuple(cuts))
                     lo, total, cuts = 0, 0, []
             lo, hi, total = lo or batch, batch, total + sizes[batch]
@@ -106,19 +112,20 @@ class Outbox:
             yield Span(lo, hi, (*cuts, hi))
 
     def _read(self, connection: apsw.Connection, readers: Sequence[_Reader], span: Span) -> Iterator[OutgoingGroup]:
-        """One group, or several if the span is larger than `max_bytes`: cut between batches where that is possible;
-        a joined batch that is too large by itself is torn, and only its last group completes it."""
+        """One group, or several if the span is larger than `group_bytes`: cut between batches where that is possible;
+        a joined batch that is larger than `max_bytes` is torn, and only its last group completes it."""
         parts: dict[str, tuple[_Reader, _Part]] = {}
         size = 0
+        least = min(self.group_bytes or self.max_bytes, self.max_bytes)
         # A database smaller than the limit holds no larger group: nothing to measure.
-        limit = self._max_bytes if integer(connection, _DATABASE_BYTES) > self._max_bytes else None
+        limit = least if integer(connection, _DATABASE_BYTES) > least else None
         for reader in readers:
             for live, chunk, chunk_size in reader.chunks(connection, span, limit):
-                if limit and size and size + chunk_size > limit:
-                    if len(span.cuts) > 1:
-                        for part in span.parts():
-                            yield from self._read(connection, readers, part)
-                        return
+                if limit and size and size + chunk_size > limit and len(span.cuts) > 1:
+                    for half in span.halves():
+                        yield from self._read(connection, readers, half)
+                    return
+                if limit and size and size + chunk_size > self.max_bytes:
                     yield OutgoingGroup(self._group(parts), span.lo - 1, torn=True)
                     parts, size = {}, 0
                 size += chunk_size

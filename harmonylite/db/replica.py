@@ -6,12 +6,12 @@ used by one thread at a time; methods say which they use.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 
 import apsw
@@ -19,25 +19,23 @@ import apsw
 from harmonylite.db import (
     capture,
     conflicts,
-    orphans,
-    resolve,
-    rows,
+    evictions,
     side_triggers,
-    sparse,
     sql,
     tables,
     versions,
 )
-from harmonylite.db.apply import Applier, OutOfTheOrdinaryError
-from harmonylite.db.conflicts import Recorder
+from harmonylite.db.apply import OutOfTheOrdinaryError
+from harmonylite.db.applying import Applied, Applying, newest_ms
+from harmonylite.db.copy import Copy
 from harmonylite.db.database import Database, PositionsLostError, ReplicaSettings
+from harmonylite.db.marking import Marking
 from harmonylite.db.outbox import Outbox, OutgoingGroup
 from harmonylite.db.resolve import MISFIT, Context
-from harmonylite.db.schema import Schema, Skipped, Table, schema_text
-from harmonylite.db.sql import normal
+from harmonylite.db.schema import Schema, Skipped, Table, is_chosen, schema_text
 from harmonylite.db.tables import State
 from harmonylite.db.versions import NO_CORRECTION, Correction
-from harmonylite.model import Delivery, Group, Position, ReceivedGroup, Row, Undecodable
+from harmonylite.model import Delivery, Group, Position, Row
 
 __all__ = ["Applied", "Replica", "ReplicaSettings", "newest_ms"]
 
@@ -48,21 +46,11 @@ HOUR_MS = 3_600_000
 # A tombstone pass forgets at most this many rows of a table in one transaction.
 PRUNE_ROWS = 2_000
 
-_RETRY = "__harmonylite__retry"
+# A copy waits for a moment without unabsorbed changes; so often it is tried.
+PIN_ATTEMPTS = 50
 
 # So many vanished rows are taken note of at once.
 VANISHED_ROWS = 1_000
-
-
-@dataclass(frozen=True, slots=True)
-class Applied:
-    """rows: winners written; newest_ms: the newest version time of each group, for the replication lag."""
-
-    rows: int
-    conflicts: int
-    parked: int
-    undecodable: int
-    newest_ms: tuple[int, ...]
 
 
 class Pinned:
@@ -100,6 +88,7 @@ class Replica:
         self._now_ms = now_ms
         self._database = Database(path, settings, now_ms, self._follow_schema)
         self._paused_tables = 0
+        self._group_bytes = 0
         self._clamped = False
 
     # -- life cycle
@@ -139,45 +128,42 @@ class Replica:
             group_rows=settings.group_rows,
             max_bytes=settings.max_transaction_bytes,
         )
-        self._applier = Applier(self._writer, schema)
-        self._foreign_keys = orphans.load_foreign_keys(self._writer, schema)
+        self._applying = Applying(self._database, schema, settings, self._now_ms)
         side_triggers.install(self._writer, frozenset(t.name for t in schema.tables.values()))
         # Not only tables and columns count: a CHECK may be gone.
         definitions = schema_text(self._writer)
         if tables.get_meta(self._writer, "definitions") != definitions:
             tables.set_meta(self._writer, "definitions", definitions)
-            self._retry_parked()
-
-    def _retry_parked(self) -> None:
-        context = self._context()
-        for parked in conflicts.take_parked(self._writer):
-            self._writer.execute(f"SAVEPOINT {_RETRY}")
-            try:
-                resolve.Resolver(self._writer, context, versions.UNBOUNDED_MS).apply(resolve.as_changes(parked))
-            except (ValueError, TypeError, *MISFIT) as error:  # whatever it is, it must not keep the schema out
-                self._writer.execute(f"ROLLBACK TO {_RETRY}")
-                context.recorder.park(replace(parked, detail=str(error)))
-            self._writer.execute(f"RELEASE {_RETRY}")
-        self._finish(context)
-
-    def _context(self) -> Context:
-        return Context(
-            schema=self.schema,
-            recorder=Recorder(self._writer, self._now_ms()),
-            publish=self._settings.publish,
-            published=self._state.published_batch,
-            batch=self._state.batch + 1,
-            sparse_tables=sparse.tables_with_entries(self._writer),
-        )
+            self._paused_tables = self._applying.retry_parked()
+        elif settings.publish:
+            # What was in the logs is absorbed by now.
+            conflicts.drop_beaten(self._writer, list(schema.tables.values()), None)
 
     def _finish(self, context: Context) -> None:
-        context.recorder.trim()
-        self._paused_tables = len(context.recorder.parked_tables)
-        self._database.state = replace(
-            self._state,
-            batch=context.batch if context.batch_used else self._state.batch,
-            conflicts_total=self._state.conflicts_total + context.recorder.conflicts,
+        self._paused_tables = self._applying.finish(context)
+
+    # -- limits that change while running
+
+    def change_limits(self, *, group_rows: int, max_transaction_bytes: int, tombstone_retention_ms: int) -> None:
+        """Any thread. Other values for these settings, for what is read or written from now on."""
+        self._settings = replace(
+            self._settings,
+            group_rows=group_rows,
+            max_transaction_bytes=max_transaction_bytes,
+            tombstone_retention_ms=tombstone_retention_ms,
         )
+
+    def limit_groups(self, group_bytes: int) -> None:
+        """Any thread. Groups are cut to that size where that tears no transaction, so that they fit into their stream;
+        0: no such limit."""
+        self._group_bytes = group_bytes
+
+    def _groups(self, connection: apsw.Connection, after: int) -> Iterator[OutgoingGroup]:
+        """All that is pending in the connection's view, by the limits as they are now."""
+        outbox, settings = self._outbox, self._settings
+        outbox.group_rows, outbox.max_bytes = settings.group_rows, settings.max_transaction_bytes
+        outbox.group_bytes = self._group_bytes
+        return outbox.groups(connection, max(after, self._database.published()))
 
     # -- what the daemon asks
 
@@ -237,17 +223,35 @@ class Replica:
 
     def parked(self) -> int:
         """Reader."""
-        return sql.integer(self._reader, f"SELECT count(*) FROM {tables.PARKED}")
+        return sql.integer(self._reader, conflicts.COUNT_WAITING)
 
     def unkeyed(self) -> int:
-        """Reader. Rows with NULL in their key, which cannot be replicated."""
-        return capture.count_unkeyed(self._reader, self.schema)
+        """Reader. Rows with NULL in their key, which cannot be replicated. Reads an index of each table that may have
+        such rows."""
+        schema = self._database.schema
+        return capture.count_unkeyed(self._reader, schema) if schema else 0
 
     # -- a second look
 
+    def look_is_due(self) -> bool:
+        """Reader. Whether a log holds writes that may have evicted rows unseen: absorbed soon, such a row's delete gets
+        the time of its eviction, or little more."""
+        return self._settings.publish and self._absorber.evictions.is_due(self._reader)
+
+    def has_unlooked(self) -> bool:
+        """Any thread."""
+        return self._settings.publish and bool(self._absorber.evictions.unlooked)
+
+    def take_unlooked(self) -> list[str]:
+        """Writer. Tables that may have lost rows unseen, and that `absorb` did not look through: because they are large
+        or the schema has just changed. Each is named once."""
+        taken = list(self._absorber.evictions.unlooked)
+        self._absorber.evictions.unlooked.clear()
+        return taken
+
     def find_vanished(self, table: Table) -> list[Row]:
         """Reader. Rows of one table that went by a way no trigger sees (DESIGN 3); reads all of its versions."""
-        return versions.find_vanished(self._reader, table, VANISHED_ROWS) if self._settings.publish else []
+        return evictions.find(self._reader, table, VANISHED_ROWS) if self._settings.publish else []
 
     def log_vanished(self, name: str, keys: Sequence[Row]) -> None:
         """Writer. Have them absorbed as deletes, if they are still gone then."""
@@ -255,7 +259,7 @@ class Replica:
             table = self.schema.table(name)
             if table is not None and self._settings.publish:
                 for key in keys:
-                    versions.log_vanished(self._writer, table, key)
+                    evictions.log(self._writer, table, key)
 
     # -- publishing
 
@@ -271,11 +275,22 @@ class Replica:
         with self._database.transaction():
             return self._absorb(bound_ms, correction)[0]
 
+    def sight(self, *, on_writer: bool) -> None:
+        """Reader (or writer). Remember where the application's transactions end now; takes no lock. For when nothing
+        can be absorbed for a while."""
+        connection = self._writer if on_writer else self._reader
+        if not self._settings.publish or not connection.getautocommit():
+            return  # inside a pinned snapshot, which shows nothing new
+        connection.execute("BEGIN")
+        try:
+            if not self._database.is_stale(connection):
+                self._absorber.sight(connection)
+        finally:
+            _end(connection)
+
     def has_log(self) -> bool:
         """Writer. Whether there is anything to absorb, or the schema has changed; takes no lock."""
-        return self._database.is_stale(self._writer) or (
-            self._settings.publish and self._absorber.has_log(self._writer)
-        )
+        return self._has_unseen()
 
     def follow_schema(self) -> None:
         """Writer. Install capture for the schema as it is now, if that has changed; else takes no lock."""
@@ -295,7 +310,7 @@ class Replica:
         absorbed, self._database.state = self._absorber.absorb(
             self._writer, self._state, bound_ms=bound, correction=correction
         )
-        conflicts.drop_beaten(self._writer, absorbed.tables)
+        conflicts.drop_beaten(self._writer, absorbed.tables, absorbed.batch)
         return absorbed.rows, absorbed.drained
 
     def pending_at_most(self, after: int, limit: int) -> bool:
@@ -325,7 +340,7 @@ class Replica:
         if not clean:
             _end(connection)
             return None
-        return Pinned(connection, self._outbox.groups(connection, max(after, self._database.published())))
+        return Pinned(connection, self._groups(connection, after))
 
     def outgoing_locked(
         self,
@@ -341,7 +356,7 @@ class Replica:
             _, drained = self._absorb(bound_ms, correction)
             found: list[OutgoingGroup] = []
             if drained:
-                for group in self._outbox.groups(self._writer, max(after, self._database.published())):
+                for group in self._groups(self._writer, after):
                     found.append(group)
                     if sum(len(each.group) for each in found) >= limit and not group.torn:
                         break
@@ -387,22 +402,13 @@ class Replica:
         self, delivery: Delivery, bound_ms: int | None, correction: Correction, *, careful: bool
     ) -> Applied | None:
         """None: the change log was too large for one transaction; a piece of it was absorbed."""
-        newest: list[int] = []
         stream = delivery.position.stream
         with self._database.transaction():
             lost = self._database.forgot_position(stream)
             if not lost and not self._absorb(bound_ms, correction)[1]:
                 return None
-            context = self._context()
-            step = self._applier.careful if careful else self._applier.fast
-            for item in () if lost else _in_order(delivery):
-                if isinstance(item, Undecodable):
-                    self._keep(stream, item)
-                    continue
-                limit = item.stored_ms + self._settings.tolerance_ms
-                step(item.group, context, limit)
-                self._list_orphans(item.group, context)
-                newest.append(newest_ms(item.group))
+            context = self._applying.context()
+            newest = [] if lost else self._applying.deliver(delivery, context, careful=careful)
             self._finish(context)
             if not lost:
                 tables.save_position(self._writer, delivery.position)
@@ -417,39 +423,140 @@ class Replica:
             newest_ms=tuple(newest),
         )
 
-    def _keep(self, stream: str, message: Undecodable) -> None:
-        log.error(
-            "message cannot be read; it is kept in __harmonylite__undecodable and passed over",
-            extra={"fields": {"stream": stream, "sequence": message.sequence, "error": message.error}},
-        )
-        self._writer.execute(
-            f"INSERT OR IGNORE INTO {tables.UNDECODABLE} VALUES (?, ?, ?, ?, ?)",
-            (stream, message.sequence, message.data, message.error, self._now_ms()),
-        )
-
-    def _list_orphans(self, group: Group, context: Context) -> None:
-        """Children whose parent was deleted elsewhere at the same time: kept, and listed for the operator."""
-        children, parents = self._foreign_keys.by_child, self._foreign_keys.by_parent
-        written = {c.table: c.row_keys() for c in group.tables if c.rows and normal(c.table) in children}
-        deleted = {c.table: c.deleted for c in group.tables if c.deleted and normal(c.table) in parents}
-        if not written and not deleted:
-            return
-        for orphan in orphans.find(self._writer, self._foreign_keys, written, deleted):
-            table = self.schema.tables[normal(orphan.child_table)]
-            local = rows.find_version(self._writer, table, orphan.child_key) or rows.NO_VERSION
-            content = rows.read(self._writer, table, orphan.child_key)
-            reason = f"orphan: its parent in {orphan.parent_table} was deleted"
-            context.recorder.conflict(table.name, orphan.child_key, local.version, None, reason, content)
-
     def start_over(self, position: Position) -> None:
         """Writer. The log lost what this node may need others to have: everything is pending again, whoever wrote it,
-        at the versions it has, and reading goes on at `position`. A mark is dropped when a newer version arrives."""
+        at the versions it has, and reading goes on at `position`. In many short transactions: see Marking."""
+        marking = Marking(self)
+        while marking.step():
+            pass
+        marking.finish(position)
+
+    def move_position(self, position: Position) -> None:
+        """Writer. Reading goes on at `position`, whatever was before it."""
         with self._database.transaction():
-            batch = self._state.batch + 1
-            for table in self.schema.tables.values() if self._settings.publish else ():
-                versions.mark_all(self._writer, table, batch)
-            self._database.state = replace(self._state, batch=batch)
             tables.save_position(self._writer, position)
+
+    def note_synced(self, server_ms: int) -> None:
+        """Any thread. This node had read everything there was at that server time; durable with the next write
+        transaction."""
+        self._database.note_synced(server_ms)
+
+    # -- snapshots
+
+    @property
+    def writer(self) -> apsw.Connection:
+        """For the other modules of `db` that write in this node's name, on the writer's thread."""
+        return self._database.writer
+
+    @property
+    def path(self) -> Path:
+        return self._database.path
+
+    def wants(self, table: str) -> bool:
+        """Whether a table of that name would be replicated here, if it can be."""
+        return is_chosen(table, self._settings.include, self._settings.exclude)
+
+    def published(self) -> int:
+        """Any thread. Batches up to this one were acknowledged."""
+        return self._database.published()
+
+    def synced_at_ms(self, positions: Sequence[Position]) -> int:
+        """Writer. A time by the server's clock up to which this node knows all that streams held; 0: it never read
+        any. positions: the streams that there are."""
+        read = [tables.load_position(self._writer, position.stream) for position in positions]
+        stored = [position.stored_ns // 1_000_000 if position else 0 for position in read]
+        return max(self._state.synced_at_ms, min(stored, default=0))
+
+    @property
+    def tolerance_ms(self) -> int:
+        """How far a version may be ahead of the stream's time."""
+        return self._settings.tolerance_ms
+
+    @property
+    def publishes(self) -> bool:
+        """Whether what is written here goes to the others."""
+        return self._settings.publish
+
+    @property
+    def published_batch(self) -> int:
+        """Writer, inside `transaction`. Rows of later batches are pending."""
+        return self._state.published_batch
+
+    @property
+    def next_batch(self) -> int:
+        """Writer, inside `transaction`. The batch for rows that become pending in it; see `use_batch`."""
+        return self._state.batch + 1
+
+    def use_batch(self) -> None:
+        """Writer, inside `transaction`. `next_batch` was given to rows."""
+        self._database.state = replace(self._state, batch=self.next_batch)
+
+    def transaction(self) -> contextlib.AbstractContextManager[None]:
+        """Writer. A write transaction, with capture installed for the schema as it is in it."""
+        return self._database.transaction()
+
+    def judge(
+        self,
+        job: Callable[[Context], None],
+        bound_ms: int | None = None,
+        correction: Correction = NO_CORRECTION,
+    ) -> Context:
+        """Writer. `job` lets something take effect in one write transaction, after everything logged was absorbed: in
+        it, versions say what they should. A log too large for that is absorbed in pieces first. Raises as `apply`."""
+        self._know_time(bound_ms, correction)
+        while True:
+            with self._database.transaction():
+                if self._absorb(bound_ms, correction)[1]:
+                    context = self._applying.context()
+                    job(context)
+                    self._finish(context)
+                    return context
+
+    def take(self, group: Group, context: Context) -> None:
+        """Writer, inside `judge`. What another node's database holds takes effect here, by version."""
+        self._applying.take(group, context, versions.UNBOUNDED_MS, careful=True)
+
+    def arrive(self, positions: Sequence[Position], *, synced_at_ms: int, tombstones_since_ms: int) -> None:
+        """Writer, inside `judge`. A snapshot was merged: the streams go on after `positions`, or after what was read
+        already."""
+        for position in positions:
+            known = tables.load_position(self._writer, position.stream)
+            if known is None or known.created != position.created or known.sequence < position.sequence:
+                tables.save_position(self._writer, position)
+        self._database.state = replace(
+            self._state,
+            synced_at_ms=max(self._state.synced_at_ms, synced_at_ms),
+            tombstones_since_ms=tombstones_since_ms,
+        )
+
+    def start_copy(
+        self, target: Path, bound_ms: int | None = None, correction: Correction = NO_CORRECTION
+    ) -> Copy | None:
+        """Writer. Fix a view of the database in which every change log is empty, to be written to `target` by
+        `Copy.run` on any other thread, or given up by `Copy.close`.
+
+        None: the application commits too fast just now; try again later. Raises apsw.BusyError.
+        """
+        self._know_time(bound_ms, correction)
+        copy = Copy(self._database.path, target)
+        try:
+            for _ in range(PIN_ATTEMPTS):
+                self.judge(lambda context: None, bound_ms, correction)
+                with sql.locked(self._writer):
+                    if not self._has_unseen():
+                        pending = versions.count_pending(self._writer, self.schema, self._state.published_batch)
+                        copy.pin(self.schema.fingerprint(), pending)
+                        return copy
+        except BaseException:
+            copy.close()
+            raise
+        copy.close()
+        return None
+
+    def _has_unseen(self) -> bool:
+        return self._database.is_stale(self._writer) or (
+            self._settings.publish and self._absorber.has_log(self._writer)
+        )
 
     # -- time
 
@@ -520,20 +627,13 @@ class Replica:
                 total += versions.prune_tombstones(
                     self._writer, table, published=published, before_ms=before, limit=PRUNE_ROWS
                 )
+            conflicts.forget_older(self._writer, before)
+            if total:
+                since = max(self._state.tombstones_since_ms, before)
+                self._database.state = replace(self._state, tombstones_since_ms=since)
             return total
 
 
 def _end(connection: apsw.Connection) -> None:
     if not connection.getautocommit():
         connection.execute("ROLLBACK")
-
-
-def _in_order(delivery: Delivery) -> Iterator[ReceivedGroup | Undecodable]:
-    items: list[ReceivedGroup | Undecodable] = [*delivery.groups, *delivery.undecodable]
-    yield from sorted(items, key=lambda item: item.sequence)
-
-
-def newest_ms(group: Group) -> int:
-    """The newest version time in a group, 0 if it is empty."""
-    stamps = (stamps for changes in group.tables for stamps in (changes.row_stamps, changes.deleted_stamps))
-    return max((max(map(itemgetter(0), each)) for each in stamps if each), default=0)

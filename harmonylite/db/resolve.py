@@ -15,6 +15,7 @@ import apsw
 from harmonylite import wire
 from harmonylite.db import clash, sparse, versions
 from harmonylite.db import rows as store
+from harmonylite.db.columns import OlderColumns
 from harmonylite.db.conflicts import Parked, Recorder
 from harmonylite.db.rows import NO_VERSION, Values, VersionRow
 from harmonylite.db.schema import Schema, Table
@@ -23,7 +24,6 @@ from harmonylite.model import UNVERSIONED, Row, Stamp, TableChanges, Value, Vers
 
 # The errors that say: this row does not fit this table. Anything else (lock, disk, corruption) stops the apply.
 MISFIT = (apsw.ConstraintError, apsw.MismatchError, apsw.TooBigError, apsw.SQLError, UnicodeError, OverflowError)
-
 
 # Reasons in the conflict log.
 CONCURRENT, CLASH, TWINS = "concurrent write", "unique clash", "same version, other content"
@@ -35,6 +35,7 @@ class Context:
 
     schema: Schema
     recorder: Recorder
+    node_id: int
     publish: bool
     published: int
     batch: int
@@ -83,14 +84,16 @@ class Resolver:
         self._connection = connection
         self._context = context
         self._limit_ms = limit_ms
+        self._columns = OlderColumns(connection, context)
         self._key_names: tuple[str, ...] = ()
+        self._missing: list[str] = []
         self._again: list[Parked] = []
 
     def apply(self, changes: TableChanges) -> None:
         """Everything in `changes`; then rows that waited for one of those and may fit now."""
         self._apply(changes)
         while self._again:
-            self._apply(as_changes(self._again.pop()))
+            self._apply(self._again.pop().as_changes())
 
     def _apply(self, changes: TableChanges) -> None:
         self._key_names = changes.key
@@ -103,7 +106,7 @@ class Resolver:
             self._park_all(changes, table.name, "different key", detail)
             return
         self._key_names = table.key_names
-        missing = [name for name in changes.columns if table.column(name) is None]
+        self._missing = missing = [name for name in changes.columns if table.column(name) is None]
         winners: list[Winner] = []
         for row in self._incoming(changes, table):
             try:
@@ -165,7 +168,15 @@ class Resolver:
                 old = store.read(self._connection, table, row.key)
                 if not _same(old, row.values):
                     self._conflict(table, row.key, row.version, local.version, _why(local.version), row.values)
-            self._fill_older_columns(table, row, local)
+            if not local.deleted:
+                self._columns.fill(table, row.key, row.version[:2], row.values)
+                if row.values is None:
+                    self._context.recorder.outdate(table, store.identity(table, row.key), row.version)
+                elif self._missing:
+                    self._columns.set_aside(table, self._parked(table, row, "missing column", ""))
+            if row.stamped[:2] == local.base and row.version != row.stamped:
+                # What the write here has seen is known to all by its bounded version.
+                store.set_version(self._connection, table, row.key, replace(local, base=row.version[:2]))
         return None
 
     def _judge_twins(self, table: Table, row: Incoming, local: VersionRow) -> Winner | None:
@@ -186,25 +197,6 @@ class Resolver:
         if row.values is not None:
             self._conflict(table, row.key, row.version, local.version, TWINS, row.values)
         return None
-
-    def _fill_older_columns(self, table: Table, row: Incoming, local: VersionRow) -> None:
-        if table.name not in self._context.sparse_tables or local.deleted:
-            return
-        key = store.identity(table, row.key)
-        older = {
-            column: (row.values[column] if row.values is not None else store.default(self._connection, table, column))
-            for column, version in sparse.entries(self._connection, table.name, key).items()
-            if version < row.version[:2] and (row.values is None or column in row.values)
-        }
-        if not older:
-            return
-        try:
-            store.update(self._connection, table, row.key, older)
-        except MISFIT as error:
-            self._park(table, row, "does not fit", _reason(error))
-            return
-        for column in older:
-            sparse.remember(self._connection, table.name, key, column, row.version[:2])
 
     # -- writing winners
 
@@ -311,40 +303,37 @@ class Resolver:
         pending = self._context.pending(self._connection, batch)
         tombstone = VersionRow(version._replace(rank=1), True, pending, base)
         store.set_version(self._connection, table, key, tombstone)
-        self._forget_columns(table, key)
+        self._columns.forget(table, key)
 
     def _settle(self, table: Table, winner: Winner) -> None:
         """The row is written: its version, its columns' versions, and what was parked for it."""
         row, local = winner.row, winner.local
         deleted = row.values is None
         self._log_discarded(table, winner)
-        if row.version != UNVERSIONED:
+        if row.version != UNVERSIONED or table.evicts_unseen:
             store.set_version(self._connection, table, row.key, VersionRow(row.version, deleted, None, row.base))
         if row.values is None:
-            self._forget_columns(table, row.key)
+            self._columns.forget(table, row.key)
         else:
-            self._remember_columns(table, winner, local.version)
-        again = self._context.recorder.unpark(table.name, store.identity(table, row.key), row.version)
+            self._columns.remember(table, row.key, row.values, local.version[:2])
+            self._publish_kept_columns(table, winner, row.values)
+        again = self._context.recorder.unpark(table, store.identity(table, row.key), row.version, deleted=deleted)
         if again is not None:
             self._again.append(again)
         self._context.applied += 1
 
-    def _remember_columns(self, table: Table, winner: Winner, previous: Version) -> None:
-        carried = winner.row.values or {}
-        passed_over = [name for name in table.column_names if name not in carried]
-        if not passed_over and table.name not in self._context.sparse_tables:
+    def _publish_kept_columns(self, table: Table, winner: Winner, carried: Values) -> None:
+        """The message lacks columns that were to be published from here (or deleted), and nobody else knows of that
+        (I3): the merged row is a write of this node."""
+        local, context = winner.local, self._context
+        pending = local.batch is not None and local.batch > context.published
+        if not pending or not context.publish:
             return
-        key = store.identity(table, winner.row.key)
-        known = sparse.entries(self._connection, table.name, key)
-        sparse.forget(self._connection, table.name, key, carried)
-        for column in passed_over:
-            sparse.remember(self._connection, table.name, key, column, known.get(column, previous[:2]))
-        if passed_over:
-            self._context.sparse_tables |= {table.name}
-
-    def _forget_columns(self, table: Table, key: Row) -> None:
-        if table.name in self._context.sparse_tables:
-            sparse.forget(self._connection, table.name, store.identity(table, key))
+        if any(name not in carried for name in table.column_names):
+            version = Version(winner.row.version.ts + 1, context.node_id)
+            merged = VersionRow(version, False, context.pending(self._connection, local.batch), winner.row.version[:2])
+            store.set_version(self._connection, table, winner.row.key, merged)
+            self._columns.forget(table, winner.row.key)
 
     # -- what is not written
 
@@ -364,18 +353,19 @@ class Resolver:
 
     def _park(self, table: Table | str, row: Incoming, reason: str, detail: str) -> None:
         """table: its name where the row's key means nothing here."""
-        self._context.recorder.park(
-            Parked(
-                table=table.name if isinstance(table, Table) else table,
-                key_names=self._key_names,
-                id=store.identity(table, row.key) if isinstance(table, Table) else wire.pack(list(row.key)),
-                key=row.key,
-                version=row.version,
-                base=row.base,
-                row=row.values,
-                reason=reason,
-                detail=detail,
-            )
+        self._context.recorder.park(self._parked(table, row, reason, detail))
+
+    def _parked(self, table: Table | str, row: Incoming, reason: str, detail: str) -> Parked:
+        return Parked(
+            table=table.name if isinstance(table, Table) else table,
+            key_names=self._key_names,
+            id=store.identity(table, row.key) if isinstance(table, Table) else wire.pack(list(row.key)),
+            key=row.key,
+            version=row.version,
+            base=row.base,
+            row=row.values,
+            reason=reason,
+            detail=detail,
         )
 
 
@@ -408,14 +398,3 @@ def _content(values: Values | None, names: Values | None) -> bytes:
 
 def _reason(error: BaseException) -> str:
     return str(error).replace("apsw.", "") or type(error).__name__
-
-
-def as_changes(parked: Parked) -> TableChanges:
-    """A parked row as a change to be tried again."""
-    stamps = (Stamp(*parked.version, *parked.base),)
-    if parked.row is None:
-        return TableChanges(
-            parked.table, parked.key_names, parked.key_names, deleted=(parked.key,), deleted_stamps=stamps
-        )
-    columns = tuple(parked.row)
-    return TableChanges(parked.table, parked.key_names, columns, rows=(tuple(parked.row.values()),), row_stamps=stamps)

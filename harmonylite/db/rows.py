@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import apsw
 
@@ -127,6 +128,11 @@ def key_of(table: Table, values: Values) -> Row:
 def identity(table: Table, key: Row) -> bytes:
     """One key, one byte string: equal exactly when SQLite takes the two keys for the same row's."""
     return wire.pack([_folded(part, value) for part, value in zip(table.key, key, strict=True)])
+
+
+def unpack_key(identity: bytes) -> Row:
+    """A key for which `identity` holds: SQLite finds the same row by it."""
+    return tuple(cast("list[Value]", wire.unpack(identity)))
 
 
 def _folded(part: KeyColumn, value: Value) -> Value:

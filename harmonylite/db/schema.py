@@ -10,9 +10,7 @@ from fnmatch import fnmatchcase
 
 import apsw
 
-from harmonylite.db import index_sql
-from harmonylite.db.index_sql import IndexText
-from harmonylite.db.sql import PREFIX, integer, normal, quote, rows, scalar
+from harmonylite.db.sql import PREFIX, integer, normal, rows
 
 # Collations that every SQLite has; a key with another one cannot be indexed by our tables.
 BUILT_IN_COLLATIONS = frozenset({"BINARY", "NOCASE", "RTRIM"})
@@ -40,16 +38,14 @@ class KeyColumn:
 class UniqueIndex:
     """A UNIQUE constraint or index besides the primary key.
 
-    terms: what is indexed, as SQL, each with its collation; where: of a partial index, else empty; columns: the
-    table's columns that either mentions; settable: none of them is generated. Without terms its definition could not
-    be read.
+    columns: of a constraint over columns that are not generated, each with its collation. Such a column cannot be
+    dropped, so that a trigger may name it. Empty for every other index: the application may drop it together with
+    its columns in one migration (a trigger that names them would make that fail), and what a BEFORE UPDATE trigger sees
+    of a generated column is not what will be stored.
     """
 
     name: str
-    terms: tuple[tuple[str, str], ...]
-    where: str
-    columns: tuple[str, ...]
-    settable: bool
+    columns: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +63,11 @@ class Table:
     @property
     def key_names(self) -> tuple[str, ...]:
         return tuple(column.name for column in self.key)
+
+    @property
+    def evicts_unseen(self) -> bool:
+        """Whether OR REPLACE can remove rows of this table in a way that no trigger of ours sees."""
+        return not all(index.columns for index in self.uniques)
 
     def column(self, name: str) -> Column | None:
         wanted = normal(name)
@@ -131,9 +132,7 @@ def load(connection: apsw.Connection, include: Sequence[str] = (), exclude: Sequ
     for name, without_rowid, strict in listed:
         if normal(name).startswith(("sqlite_", PREFIX)):
             continue
-        if include and not _matches(name, include):
-            continue
-        if _matches(name, exclude):
+        if not is_chosen(name, include, exclude):
             continue
         found = _load_table(connection, name, bool(without_rowid), bool(strict))
         if isinstance(found, Skipped):
@@ -143,6 +142,11 @@ def load(connection: apsw.Connection, include: Sequence[str] = (), exclude: Sequ
     return Schema(cookie, tables, tuple(skipped))
 
 
+def is_chosen(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Whether the patterns of `load` let a table of that name in."""
+    return (not include or _matches(name, include)) and not _matches(name, exclude)
+
+
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(normal(name), normal(pattern)) for pattern in patterns)
 
@@ -150,14 +154,12 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 def _load_table(connection: apsw.Connection, name: str, without_rowid: bool, strict: bool) -> Table | Skipped:
     columns: list[Column] = []
     key_positions: dict[int, KeyColumn] = {}
-    every_column: dict[str, bool] = {}
     indexes = rows(connection, "SELECT name, \"unique\", origin FROM pragma_index_list(?, 'main')", (name,))
     key_index = next((row[0] for row in indexes if row[2] == "pk"), None)
     collations = _collations(connection, key_index) if key_index else {}
     for column, declared, not_null, default, position, hidden in rows(
         connection, "SELECT name, type, \"notnull\", dflt_value, pk, hidden FROM pragma_table_xinfo(?, 'main')", (name,)
     ):
-        every_column[column] = bool(hidden)
         if hidden:  # generated (2, 3)
             continue
         kind = affinity(declared, strict)
@@ -172,8 +174,11 @@ def _load_table(connection: apsw.Connection, name: str, without_rowid: bool, str
     foreign = [part.collation for part in key if part.collation.upper() not in BUILT_IN_COLLATIONS]
     if foreign:
         return Skipped(name, f"its key uses the application's own collation {foreign[0]}")
+    stored = frozenset(column.name for column in columns)
     uniques = tuple(
-        _unique_index(connection, index, every_column) for index, unique, origin in indexes if unique and origin != "pk"
+        _unique_index(connection, index, origin == "u", stored)
+        for index, unique, origin in indexes
+        if unique and origin != "pk"
     )
     return Table(name, tuple(columns), key, key_index is None, uniques)
 
@@ -183,27 +188,10 @@ def _collations(connection: apsw.Connection, index: str) -> dict[str, str]:
     return {normal(name): coll for name, coll in found if name is not None}
 
 
-def _unique_index(connection: apsw.Connection, index: str, every_column: Mapping[str, bool]) -> UniqueIndex:
-    """every_column: whether it is generated, by name."""
+def _unique_index(connection: apsw.Connection, index: str, constraint: bool, stored: frozenset[str]) -> UniqueIndex:
+    """stored: the columns that are not generated."""
     found = rows(connection, "SELECT name, coll FROM pragma_index_xinfo(?, 'main') WHERE key ORDER BY seqno", (index,))
-    collations = [coll for _, coll in found]
-    text = scalar(connection, "SELECT sql FROM main.sqlite_schema WHERE type = 'index' AND name = ?", (index,))
-    if text is None:  # made by a UNIQUE constraint: columns only
-        parsed = IndexText(tuple(quote(name) for name, _ in found), "")
-    else:
-        try:
-            parsed = index_sql.parse(text)
-        except ValueError:
-            return UniqueIndex(index, (), "", (), False)
-    words = parsed.words()
-    columns = tuple(name for name in every_column if normal(name) in words)
-    return UniqueIndex(
-        index,
-        tuple(zip(parsed.terms, collations, strict=True)),
-        parsed.where,
-        columns,
-        not any(every_column[name] for name in columns),
-    )
+    return UniqueIndex(index, tuple(found) if constraint and all(name in stored for name, _ in found) else ())
 
 
 def affinity(declared: str | None, strict: bool = False) -> str:

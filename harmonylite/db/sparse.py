@@ -22,9 +22,11 @@ def tables_with_entries(connection: apsw.Connection) -> frozenset[str]:
     return frozenset(name for (name,) in rows(connection, f"SELECT DISTINCT tbl FROM {tables.SPARSE}"))
 
 
-def entries(connection: apsw.Connection, table: str, key: bytes) -> dict[str, ColumnVersion]:
-    """The columns of one row that are older than the row, with their versions."""
-    found = rows(connection, f"SELECT col, ts, node FROM {tables.SPARSE} WHERE tbl = ? AND key = ?", (table, key))
+def entries(
+    connection: apsw.Connection, name: str, key: bytes, *, table: str = tables.SPARSE
+) -> dict[str, ColumnVersion]:
+    """The columns of one row that are older than the row, with their versions; `table`: where, as SQL."""
+    found = rows(connection, f"SELECT col, ts, node FROM {table} WHERE tbl = ? AND key = ?", (name, key))
     return {column: (ts, node) for column, ts, node in found}
 
 

@@ -79,6 +79,21 @@ def open_reader(path: Path) -> apsw.Connection:
     return connection
 
 
+def open_beside(path: Path, name: str, other: str) -> apsw.Connection:
+    """A connection that only reads, with another database (a URI) under a name of its own."""
+    flags = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_URI
+    connection = apsw.Connection(path.resolve().as_uri(), flags=flags)
+    try:
+        connection.setbusytimeout(BUSY_TIMEOUT_MS)
+        _prepare(connection)
+        connection.execute(f"ATTACH ? AS {quote(name)}", (other,))
+        connection.execute("PRAGMA query_only=ON")
+    except BaseException:
+        connection.close(True)
+        raise
+    return connection
+
+
 def _prepare(connection: apsw.Connection) -> None:
     # Sorting for absorb stays in memory: no temporary files on the card.
     connection.execute("PRAGMA temp_store=MEMORY")
@@ -116,6 +131,17 @@ def write_transaction(connection: apsw.Connection) -> Iterator[None]:
         if not connection.getautocommit():
             connection.execute("ROLLBACK")
         raise
+
+
+@contextlib.contextmanager
+def locked(connection: apsw.Connection) -> Iterator[None]:
+    """Nobody else can commit inside; nothing is written. Raises as `write_transaction`."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    finally:
+        if not connection.getautocommit():
+            connection.execute("ROLLBACK")
 
 
 @contextlib.contextmanager

@@ -53,6 +53,8 @@ class State:
     itself has seen on its own clock or, while connected, on the server's; conflicts_total: ever recorded;
     boot_batch: the newest batch when this boot of the machine began; open_floor_ms: the newest time in the pieces
     of a log that is still being absorbed, which becomes part of the floor at its end.
+    synced_at_ms: the server's time when this node had last read everything there was (0: never);
+    tombstones_since_ms: no tombstone that the cluster had after this server time was forgotten here (0: none ever).
     """
 
     batch: int = 0
@@ -62,6 +64,8 @@ class State:
     conflicts_total: int = 0
     boot_batch: int = 0
     open_floor_ms: int = 0
+    synced_at_ms: int = 0
+    tombstones_since_ms: int = 0
 
 
 _STATE_FIELDS = tuple(field.name for field in fields(State))
@@ -115,6 +119,12 @@ def load_position(connection: apsw.Connection, stream: str) -> Position | None:
     for created, sequence, stored_ns in rows(connection, sql, (stream,)):
         return Position(stream, created, sequence, stored_ns)
     return None
+
+
+def load_positions(connection: apsw.Connection) -> tuple[Position, ...]:
+    """How far each stream was applied."""
+    sql = f"SELECT stream, created, sequence, stored_ns FROM {POSITION} ORDER BY stream"
+    return tuple(Position(*row) for row in rows(connection, sql))
 
 
 def save_position(connection: apsw.Connection, position: Position) -> None:

@@ -7,26 +7,26 @@ everybody's. "+ 1" makes an edit beat what its node had seen (I6), and does not 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
 
 import apsw
 
 from harmonylite.db import capture, sparse, tables
-from harmonylite.db.capture import MAYBE_EVICTED, key_columns, key_match
+from harmonylite.db.boundaries import Boundaries
+from harmonylite.db.capture import DELETED, MAYBE_EVICTED, key_columns, key_match
+from harmonylite.db.evictions import Evictions
 from harmonylite.db.outbox import decode_typed, typed_keys_sql
-from harmonylite.db.rows import bound, identity, marker
+from harmonylite.db.rows import identity
 from harmonylite.db.schema import Schema, Table
 from harmonylite.db.sql import integer, log_table, quote, rows, version_table
 from harmonylite.db.tables import State
-from harmonylite.model import Row
 
 # No upper bound known: the server's time has not been seen since the start.
 UNBOUNDED_MS = (1 << 62) - 1
 
 # One absorb transaction takes at most about this many log rows, so that its write lock stays short.
 ABSORB_ROWS = 5_000
-
 
 # What a write made here has seen: the version it replaces, or, if nobody else can have seen that, what that one had.
 _SEEN_BASE = (
@@ -66,9 +66,12 @@ class Absorb:
         logged = "l.ts + CASE WHEN l.ts <= :until THEN :delta ELSE 0 END"
         newest = f"max({logged})"
         if table.uniques:
-            # A statement that might have evicted a row and did not is no write of that row, at no time.
+            # A statement that might have evicted a row and did not is no write of that row, at no time. What is gone
+            # without a delete, one of the statements evicted that no trigger watches.
             written = f"max(CASE WHEN l.op < {MAYBE_EVICTED} THEN {logged} END)"
-            newest = f"CASE WHEN {gone} THEN {newest} ELSE {written} END"
+            last_delete = f"max(CASE WHEN l.op = {DELETED} THEN l.seq END)"
+            evicted = f"CASE WHEN max(l.seq) IS {last_delete} THEN {newest} ELSE :newest END"
+            newest = f"CASE WHEN {gone} THEN {evicted if table.evicts_unseen else newest} ELSE {written} END"
         return cls(
             table=table,
             joined=(
@@ -90,25 +93,6 @@ class Absorb:
         )
 
 
-def find_vanished(connection: apsw.Connection, table: Table, limit: int) -> list[Row]:
-    """Keys of rows that should be there and are not: gone by a way that no trigger sees. Reads the whole table."""
-    sql = (
-        f"SELECT {typed_keys_sql(table, 'v.')} FROM {version_table(table.name)} AS v WHERE v.deleted = 0"
-        f" AND NOT EXISTS (SELECT 1 FROM {quote(table.name)} AS r WHERE {key_match(table, 'v', 'r')}) LIMIT ?"
-    )
-    return [decode_typed(row) for row in rows(connection, sql, (limit,))]
-
-
-def log_vanished(connection: apsw.Connection, table: Table, key: Row) -> None:
-    """As if a trigger had seen it; the row's absence is checked once more when this is absorbed."""
-    markers = ", ".join(marker(value) for value in key)
-    connection.execute(
-        f"INSERT INTO {log_table(table.name)} (ts, op, {key_columns(table)})"
-        f" VALUES ({capture.NOW_MS}, {MAYBE_EVICTED}, {markers})",
-        bound(key),
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class Absorbed:
     """rows: log rows taken; batch: the batch their versions belong to (0: nothing was absorbed); drained: the
@@ -127,11 +111,18 @@ _TERMS = 200
 
 
 class Absorber:
-    """Moves change logs into version tables, inside the caller's write transaction."""
+    """Moves change logs into version tables, inside the caller's write transaction.
 
-    def __init__(self, schema: Schema, node_id: int) -> None:
+    captured: tables (by normal name) that were captured all the time since their logs were last absorbed; None: all.
+    """
+
+    def __init__(self, schema: Schema, node_id: int, captured: Container[str] | None = None) -> None:
         self._node_id = node_id
+        self._boundaries = Boundaries()
         self._statements = tuple(Absorb.of(table) for table in schema.tables.values())
+        self.evictions = Evictions(
+            table for name, table in schema.tables.items() if captured is None or name in captured
+        )
         names = [log_table(table.name) for table in schema.tables.values()]
         self._any_log = tuple(
             f"SELECT 1 WHERE {' OR '.join(f'EXISTS (SELECT 1 FROM {name})' for name in names[i : i + _TERMS])}"
@@ -154,24 +145,33 @@ class Absorber:
         """Absorb up to about `limit` log rows. Returns what was done and the new state, which the caller saves.
 
         bound_ms: the latest time a write may claim to have been made. A log too large for one transaction is
-        absorbed in several, whose batches are joined.
+        absorbed in several, whose batches are joined up to where a transaction is known to end.
         """
         if not self.has_log(connection):
             return NOTHING, state
         todo: list[tuple[Absorb, int]] = []
-        taken, drained = 0, True
+        ends = self._ends(connection)
+        starts = {name: integer(connection, f"SELECT min(seq) FROM {log_table(name)}") - 1 for name in ends}
+        boundary = self._boundaries.next(state.batch, starts, ends, limit)
+        taken, whole = 0, True
         for each in self._statements:
-            end = integer(connection, each.end)
+            end = boundary.get(each.table.name, 0)
             if not end:
                 continue
-            start = integer(connection, f"SELECT min(seq) FROM {log_table(each.table.name)}") - 1
+            start = starts[each.table.name]
             take = min(end, start + limit - taken)
-            drained = drained and take == end
+            whole = whole and take == end
             if take > start:
                 todo.append((each, take))
                 taken += take - start
         batch = state.batch + 1
-        joined = [self._absorb_table(connection, state, each, end, batch, bound_ms, correction) for each, end in todo]
+        joined: list[tuple[int, int]] = []
+        for each, end in todo:
+            joined.append(self._absorb_table(connection, state, each, end, batch, bound_ms, correction))
+            # Not before the last piece: what a later one deletes is not unseen.
+            if not integer(connection, each.end) and self.evictions.log(connection, each.table, joined[-1][1]):
+                end = integer(connection, each.end)
+                joined.append(self._absorb_table(connection, state, each, end, batch, bound_ms, NO_CORRECTION))
         lows = [low for low, _ in joined if low] + ([state.open_batch] if state.open_batch else [])
         if lows:
             join(connection, min(lows), batch)
@@ -180,11 +180,20 @@ class Absorber:
         after = replace(
             state,
             batch=batch,
-            open_batch=0 if drained else state.open_batch or batch,
-            floor_ms=max(state.floor_ms, newest) if drained else state.floor_ms,
-            open_floor_ms=0 if drained else newest,
+            open_batch=0 if whole else state.open_batch or batch,
+            floor_ms=max(state.floor_ms, newest) if whole else state.floor_ms,
+            open_floor_ms=0 if whole else newest,
         )
+        drained = whole and boundary == ends
+        self._boundaries.absorbed(batch, {each.table.name: end for each, end in todo})
         return Absorbed(taken, batch, drained, tuple(each.table for each, _ in todo)), after
+
+    def _ends(self, connection: apsw.Connection) -> dict[str, int]:
+        return {each.table.name: end for each in self._statements if (end := integer(connection, each.end))}
+
+    def sight(self, connection: apsw.Connection) -> None:
+        """On another thread than `absorb`'s, inside a read transaction: remember where transactions end now."""
+        self._boundaries.sighted(integer(connection, tables.META_VALUE, ("batch",)), self._ends(connection))
 
     def _absorb_table(
         self,
@@ -207,6 +216,7 @@ class Absorber:
             each.upsert,
             {
                 **clock,
+                "newest": newest,
                 "floor": state.floor_ms,
                 "bound": bound_ms,
                 "node": self._node_id,
@@ -300,9 +310,11 @@ def recapture(connection: apsw.Connection, table: Table, *, node_id: int, batch:
     return changed + connection.changes()
 
 
-def mark_all(connection: apsw.Connection, table: Table, batch: int) -> None:
-    """Every row and tombstone is to be published again, at its version, in batch `batch`."""
-    connection.execute(f"UPDATE {version_table(table.name)} SET batch = ?, settled_ms = NULL", (batch,))
+def newest_own(connection: apsw.Connection, schema: Schema, node_id: int) -> int:
+    """The newest time of what was written here and not replaced by others since. Reads all of it."""
+    names = [version_table(table.name) for table in schema.tables.values()]
+    own = "WHERE batch IS NOT NULL AND node = ?"
+    return max((integer(connection, f"SELECT max(ts) FROM {name} {own}", (node_id,)) for name in names), default=0)
 
 
 def clamp(connection: apsw.Connection, table: Table, *, node_id: int, published: int, bound_ms: int, batch: int) -> int:

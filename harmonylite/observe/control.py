@@ -174,8 +174,8 @@ class ControlServer:
             writer.write(await self._answer(peer, reader))
             writer.close()
             await asyncio.wait_for(writer.wait_closed(), WRITE_TIMEOUT_S)
-        except (OSError, asyncio.TimeoutError):
-            pass
+        except (OSError, asyncio.TimeoutError, asyncio.CancelledError):
+            pass  # cancelled by `close` alone; asyncio 3.11 reports a task of its server that ends as cancelled
         finally:
             writer.transport.abort()
             self._connections.discard(task)

@@ -160,11 +160,14 @@ class Metrics:
         self.clock_offset_seconds = Gauge("This node's clock minus the NATS server's")
         self.nats_connected = Gauge("1 while connected to NATS, else 0", 0)
         self.snapshot_age_seconds = Gauge("Age of the newest snapshot in the store; absent without one")
+        self.snapshots_taken = Counter("Snapshots taken by this node")
+        self.snapshot_failures = Counter("Snapshots that this node could not take, or not store")
+        self.catching_up = Gauge("1 while this node catches up from a snapshot or refills the log, else 0", 0)
         self.stream_position = StreamGauge("Sequence of the last message of the stream that took effect here")
         self.schema_mismatch_paused = Gauge("Tables whose received rows wait because the schema differs", 0)
         self.oversized_transactions = Counter("Transactions published in pieces, being over the limit")
         self.undecodable = Counter("Messages that could not be read; they are kept and passed")
-        self.unkeyed_rows = Counter("Rows not captured because of NULL in their primary key")
+        self.unkeyed_rows = Gauge("Rows that are not replicated because of NULL in their primary key")
         self.busy_retries = Counter("Write transactions tried again because the database was locked")
 
     def collect(self) -> Iterator[Metric]:

@@ -7,6 +7,9 @@ import time
 
 import sdnotify
 
+# How much longer a start may take each time that `Notifier.starting` says so.
+STARTING_S = 60.0
+
 
 class Notifier:
     """The connection to the service manager that NOTIFY_SOCKET names when this is made. Never raises."""
@@ -19,6 +22,10 @@ class Notifier:
     def ready(self, status: str = "") -> None:
         """The local job runs: after the start, and after a reload."""
         self._send("READY=1", *self._status_line(status))
+
+    def starting(self) -> None:
+        """Not ready yet, but at work: the service manager grants another `STARTING_S` (systemd 236)."""
+        self._send(f"EXTEND_TIMEOUT_USEC={round(STARTING_S * 1_000_000)}")
 
     def status(self, text: str) -> None:
         """The line that `systemctl status` shows; sent only when it differs from the last one."""

@@ -34,13 +34,14 @@ class StreamPosition:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotInfo:
-    """The newest snapshot in the store. `taken_at`: RFC 3339; `node_id`: who took it."""
+    """The newest snapshot in the store. `taken_at`: RFC 3339; `node_id`: who took it; `size_bytes`: as stored."""
 
     taken_at: str
     age_seconds: float
     node_id: int
     size_bytes: int
     store: str
+    id: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +51,8 @@ class NodeStatus:
     pending_rows and parked_rows: how many wait now. conflicts: how many the conflict log has counted in all.
     lag_seconds: commit on the writer to commit here, of the last group applied; None before the first.
     clock_offset_seconds: this node's clock minus the server's; None when never measured.
+    catch_up: what is being done about messages that this node missed, how far it is; None when it missed none.
+    unkeyed_rows: with NULL in their primary key, as counted last.
     `status` and `reasons` are what `judge` says; before it has spoken, a node counts as unhealthy.
     """
 
@@ -75,9 +78,11 @@ class NodeStatus:
     clock_offset_seconds: float | None
     positions: tuple[StreamPosition, ...]
     catching_up: bool
+    catch_up: str | None = None
     last_replicated_event_timestamp: str | None
     last_published_event_timestamp: str | None
     snapshot: SnapshotInfo | None
+    unkeyed_rows: int = 0
     reasons: tuple[str, ...] = ("not judged yet",)
 
     def to_json(self) -> dict[str, Any]:
@@ -149,10 +154,15 @@ def judge(
         since = f" since {node.offline_since}" if node.offline_since else ""
         why = f": {node.nats_error}" if node.nats_error else ""
         lesser.append(f"offline{since}{why}")
-    if node.catching_up:
+    if node.catch_up:
+        lesser.append(f"catching up: {node.catch_up}")
+    elif node.catching_up:
         lesser.append(f"catching up: {_count(node.messages_behind, 'message')} behind")
     if node.parked_rows:
         lesser.append(f"{_count(node.parked_rows, 'row')} parked (harmonylite parked says why)")
+    if node.unkeyed_rows:
+        rows = _count(node.unkeyed_rows, "row")
+        lesser.append(f"{rows} not replicated: NULL in the primary key names no row (give it a value, or NOT NULL)")
     if node.lag_seconds is not None and node.lag_seconds > lag_limit_s:
         lesser.append(f"replication lags by {node.lag_seconds:.1f} s")
     lesser += concerns
@@ -175,7 +185,9 @@ def summary(node: NodeStatus, *, now: datetime | None = None, zone: tzinfo | Non
     parts = ["online", f"{node.pending_rows:,} pending"]
     if node.lag_seconds is not None:
         parts.append(f"lag {max(0.0, node.lag_seconds):.1f} s")
-    if node.catching_up:
+    if node.catch_up:
+        parts.append(f"catching up, {node.catch_up}")
+    elif node.catching_up:
         parts.append(f"catching up, {_count(node.messages_behind, 'message')} behind")
     if node.parked_rows:
         parts.append(f"{node.parked_rows:,} parked")

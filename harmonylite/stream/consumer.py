@@ -22,6 +22,7 @@ from harmonylite.stream.log import (
     LogError,
     LogSettings,
     StreamUnavailable,
+    parse_time_ns,
     same_log,
     stored_time_ns,
     stream_state,
@@ -48,15 +49,17 @@ IsOwn = Callable[[str, int, int], bool]
 class GapFound(LogError):  # noqa: N818 - what was found
     """The stream does not go on after the position: messages are missing, or it is another log. Reconcile.
 
-    expected: the sequence that should have come next; found: the one that came, None if none did.
+    expected: the sequence that should have come next; found: the one that came, None if none did; lost: the stream
+    forgot messages that it had acknowledged, or is another one.
     """
 
-    def __init__(self, stream: str, expected: int, found: int | None, reason: str) -> None:
+    def __init__(self, stream: str, expected: int, found: int | None, reason: str, *, lost: bool = False) -> None:
         super().__init__(f"stream {stream} does not go on at {expected}: {reason}")
         self.stream = stream
         self.expected = expected
         self.found = found
         self.reason = reason
+        self.lost = lost
 
 
 @dataclass(slots=True)
@@ -96,6 +99,7 @@ class Consumer:
         self._session: PullSession | None = None
         self._gap: GapFound | None = None
         self._checked = False
+        self._taken = (0, 0)
         # Times of the messages just before groups that opened: the position may have to stay there.
         self._marks: dict[int, int] = {}
         self._next_start = 0.0
@@ -110,6 +114,11 @@ class Consumer:
     def read_through(self) -> int:
         """The last sequence that was read; the position stays behind it while a group is open."""
         return self._last_sequence
+
+    @property
+    def taken(self) -> tuple[int, int]:
+        """Messages and bytes that the last read looked at."""
+        return self._taken
 
     @property
     def checked(self) -> bool:
@@ -138,8 +147,9 @@ class Consumer:
         while True:
             if self._gap is not None:
                 raise self._gap
-            session = await self._open_session(deadline, max_messages, max_bytes)
+            session = await self._open_session(deadline)
             messages = session.take(max_messages, max_bytes)
+            self._taken = len(messages), sum(len(message.data) for message in messages)
             if messages:
                 delivery = await self._deliver(messages, session)
                 if delivery is not None:
@@ -161,14 +171,14 @@ class Consumer:
         if session is not None:
             await session.close()
 
-    async def _open_session(self, deadline: float, max_messages: int, max_bytes: int) -> PullSession:
+    async def _open_session(self, deadline: float) -> PullSession:
         """The session, with a pull request open or messages to take; made anew if it was lost."""
         while True:
             session = self._session
             try:
                 if session is None:
                     session = self._session = await self._start_session(deadline)
-                await session.pull(max_messages, max_bytes)
+                await session.pull(DEFAULT_MAX_MESSAGES, DEFAULT_MAX_BYTES)
                 if not session.lost:
                     return session
                 fields = {"stream": self._stream, "sequence": self._last_sequence, "reason": session.lost}
@@ -188,7 +198,8 @@ class Consumer:
         lineage = await same_log(self._client, self._settings, state, seen)
         if not lineage.intact:
             found = state.first_seq if state.first_seq > seen.sequence + 1 else None
-            raise self._broken(found, lineage.reason)
+            same = not seen.created or parse_time_ns(seen.created) == parse_time_ns(state.created)
+            raise self._broken(found, lineage.reason, lost=found is None or not same)
         self._checked = True
         if not self._position.created:
             position = self._position
@@ -204,8 +215,8 @@ class Consumer:
             raise self._broken(None, f"messages up to {session.goal} are missing")
         session.give_up(f"message {session.goal} exists but is not delivered")
 
-    def _broken(self, found: int | None, reason: str) -> GapFound:
-        self._gap = GapFound(self._stream, self._last_sequence + 1, found, reason)
+    def _broken(self, found: int | None, reason: str, *, lost: bool = False) -> GapFound:
+        self._gap = GapFound(self._stream, self._last_sequence + 1, found, reason, lost=lost)
         return self._gap
 
     async def _deliver(self, messages: Sequence[StoredMessage], session: PullSession) -> Delivery | None:

@@ -30,8 +30,6 @@ log = logging.getLogger(__name__)
 
 # Error codes of the server: https://github.com/nats-io/nats-server/blob/main/server/errors.json
 STREAM_NOT_FOUND = 10059
-# The first JetStream API level (server 2.12) that knows atomic batches.
-ATOMIC_API_LEVEL = 2
 # A direct get may be answered by a replica that has not caught up: ask again before believing "no such message".
 _LAGGING_REPLICA_WAITS_S = (0.0, 0.1, 0.5)
 
@@ -63,8 +61,9 @@ class ApiError(LogError):
 class LogSettings:
     """Where the log is and how its streams are made.
 
-    max_bytes: size at which a stream discards its oldest messages, -1 for no bound of its own; replicas: copies in
-    a cluster; domain: JetStream domain of the hub, None for the server connected to; compress: groups are
+    max_bytes: size at which a stream discards its oldest messages, -1 for no bound of its own; owns_store: this node's
+    server alone holds the streams, so that its max_bytes counts for one that exists, too; replicas: copies in a
+    cluster; domain: JetStream domain of the hub, None for the server connected to; compress: groups are
     compressed by their publisher (streams never are: it costs memory and saves nothing, payloads are compressed
     already); update_existing: change a stream whose configuration differs, rather than only say so; api_timeout_s: how
     long an answer of JetStream may take.
@@ -78,6 +77,7 @@ class LogSettings:
     domain: str | None = None
     compress: bool = True
     max_bytes: int = -1
+    owns_store: bool = False
     update_existing: bool = False
     api_timeout_s: float = 5.0
 
@@ -117,7 +117,7 @@ class StreamState:
     created: RFC 3339, exactly as given; first_seq and last_seq are 0 in a stream that never held a message;
     server_ms: the server's clock when it answered, milliseconds since 1970, None before server 2.10; round_trip_ms:
     how long the answer took (so that clock is off by at most that); atomic: takes atomic batches; direct: answers
-    direct gets; max_msg_size: bytes, None for no bound of its own.
+    direct gets; max_msg_size, max_bytes (of the whole stream): bytes, None for no bound of its own.
     """
 
     name: str
@@ -131,6 +131,7 @@ class StreamState:
     atomic: bool = False
     direct: bool = False
     max_msg_size: int | None = None
+    max_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,90 +213,14 @@ def raise_error(request: str, answer: Mapping[str, Any]) -> None:
         raise ApiError(request, code, int(error.get("err_code", 0)), str(error.get("description", "no reason")))
 
 
-async def ensure_streams(client: Client, settings: LogSettings) -> tuple[StreamState, ...]:
-    """Make every stream of the log that is missing, adopt those that exist; their states, by shard.
-
-    Works without the permission to create, as long as somebody made the streams. Raises StreamUnavailable,
-    StreamMissing (not there, and this node cannot make it) or ApiError (the server cannot make it like that).
-    """
-    return tuple([await _ensure_stream(client, settings, shard) for shard in range(1, settings.shards + 1)])
-
-
-async def _ensure_stream(client: Client, settings: LogSettings, shard: int) -> StreamState:
-    name = settings.stream(shard)
-    wanted = _stream_config(settings, shard)
-    try:
-        info, round_trip_ms = await _stream_info(client, settings, name)
-    except StreamMissing:
-        return await _create(client, settings, name, wanted)
-    differences = _differences(info["config"], wanted)
-    if differences and settings.update_existing:
-        try:
-            changed = await api_request(client, settings, f"STREAM.UPDATE.{name}", {**info["config"], **wanted})
-            log.info("stream updated", extra={"fields": {"stream": name, "changed": sorted(differences)}})
-            return _state(name, changed, round_trip_ms)
-        except (ApiError, StreamUnavailable) as error:
-            fields: dict[str, object] = {"stream": name, "error": str(error)}
-            log.warning("stream could not be updated, used as it is", extra={"fields": fields})
-    elif differences:
-        fields = {"stream": name, "differences": differences}
-        log.warning("stream differs from the configuration, used as it is", extra={"fields": fields})
-    return _state(name, info, round_trip_ms)
-
-
-async def _create(client: Client, settings: LogSettings, name: str, wanted: Mapping[str, object]) -> StreamState:
-    try:
-        await api_request(client, settings, f"STREAM.CREATE.{name}", wanted)
-        log.info("stream created", extra={"fields": {"stream": name, "replicas": settings.replicas}})
-    except (ApiError, StreamUnavailable) as error:
-        try:  # somebody else may have made it since; a refused permission is no answer at all
-            state = await stream_state(client, settings, name)
-        except StreamMissing:
-            if isinstance(error, ApiError):
-                raise error from None
-            raise StreamMissing(
-                f"stream {name} does not exist and this node could not create it ({error}); "
-                f"let an administrator create it for {wanted['subjects']}"
-            ) from None
-        log.info("stream was created by another node", extra={"fields": {"stream": name}})
-        return state
-    return await stream_state(client, settings, name)
-
-
-def _stream_config(settings: LogSettings, shard: int) -> dict[str, object]:
-    """What JetStream is asked for; an older server ignores what it does not know.
-
-    No limit by count or age: a message that another node still needs must not go before space does.
-    """
-    return {
-        "name": settings.stream(shard),
-        "subjects": [settings.subjects(shard)],
-        "retention": "limits",
-        "storage": "file",
-        "discard": "old",
-        "max_bytes": settings.max_bytes,
-        "num_replicas": settings.replicas,
-        "allow_direct": True,
-        "allow_atomic": True,
-    }
-
-
-def _differences(config: Mapping[str, Any], wanted: Mapping[str, object]) -> dict[str, object]:
-    """The settings in `config` that are not as wanted, except what its server does not know."""
-    level = int((config.get("metadata") or {}).get("_nats.level", 0))
-    unknown = {"allow_atomic"} if level < ATOMIC_API_LEVEL else set()
-    # The bound by size comes from the disk of whoever made the stream, and is not the same on two machines.
-    unknown.add("max_bytes")
-    return {key: config.get(key) for key in wanted if key not in unknown and config.get(key) != wanted[key]}
-
-
 async def stream_state(client: Client, settings: LogSettings, stream: str) -> StreamState:
     """Ask for a stream's state. Raises StreamUnavailable, StreamMissing or ApiError."""
-    info, round_trip_ms = await _stream_info(client, settings, stream)
-    return _state(stream, info, round_trip_ms)
+    info, round_trip_ms = await stream_info(client, settings, stream)
+    return state_of(stream, info, round_trip_ms)
 
 
-async def _stream_info(client: Client, settings: LogSettings, stream: str) -> tuple[dict[str, Any], float]:
+async def stream_info(client: Client, settings: LogSettings, stream: str) -> tuple[dict[str, Any], float]:
+    """A stream as the server describes it, and how many milliseconds that took. Raises as `stream_state`."""
     started = time.monotonic()
     try:
         info = await api_request(client, settings, f"STREAM.INFO.{stream}")
@@ -306,10 +231,11 @@ async def _stream_info(client: Client, settings: LogSettings, stream: str) -> tu
     return info, (time.monotonic() - started) * 1000
 
 
-def _state(name: str, info: Mapping[str, Any], round_trip_ms: float) -> StreamState:
+def state_of(name: str, info: Mapping[str, Any], round_trip_ms: float) -> StreamState:
+    """What `stream_info` answered."""
     state, config = info["state"], info["config"]
     server_time = info.get("ts")
-    max_msg_size = int(config.get("max_msg_size", -1))
+    max_msg_size, max_bytes = int(config.get("max_msg_size", -1)), int(config.get("max_bytes", -1))
     return StreamState(
         name=name,
         created=info["created"],
@@ -322,6 +248,7 @@ def _state(name: str, info: Mapping[str, Any], round_trip_ms: float) -> StreamSt
         atomic=bool(config.get("allow_atomic", False)),
         direct=bool(config.get("allow_direct", False)),
         max_msg_size=max_msg_size if max_msg_size > 0 else None,
+        max_bytes=max_bytes if max_bytes > 0 else None,
     )
 
 

@@ -11,7 +11,7 @@ import json
 import logging
 import uuid
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,9 @@ MAX_BATCH_MESSAGES = 1000
 MAX_PART_BYTES = 1 << 20
 # The server counts headers as payload: ours, and those of a direct get, which answers with the whole message.
 HEADER_ROOM_BYTES = 1024
+# What a stored message takes beside payload and subject (22 bytes in front, 8 behind, 4 for the length of headers), and
+# the headers of a batch: https://github.com/nats-io/nats-server/blob/main/server/filestore.go, fileStoreMsgSizeRaw
+STORED_ROOM_BYTES, BATCH_HEADERS_BYTES = 34, 128
 # An acknowledgement is given up when the link would have been slower than this for everything under way.
 SLOWEST_LINK_BYTES_PER_S = 16 * 1024
 # First to last part of a group, server time: well under what readers wait for the rest of a group (wire.Joiner).
@@ -40,6 +43,20 @@ OWN_MESSAGES = 65536
 
 class PublishFailed(LogError):  # noqa: N818 - what happened to the group
     """A group was not acknowledged. It may be stored all the same, now or later: send it again as a new group."""
+
+
+class GroupTooLarge(PublishFailed):
+    """The stream cannot hold the group, not even alone, and nothing of it was sent. size, limit: bytes.
+
+    A server does not refuse it: it acknowledges the group, and then discards the oldest messages until the rest is
+    small enough, the group's own among them (nats-server 2.15: all of an atomic batch).
+    """
+
+    def __init__(self, group_number: int, stream: str, size: int, limit: int) -> None:
+        super().__init__(f"group {group_number} takes {size} bytes, stream {stream} holds at most {limit}")
+        self.stream = stream
+        self.size = size
+        self.limit = limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +89,14 @@ class Publisher:
         self._state: StreamState | None = None  # None: not asked yet
         self._own: OrderedDict[int, int] = OrderedDict()  # sequence -> group number
 
-    async def publish(self, group_number: int, payload: bytes, max_ts: int) -> Published:
+    async def publish(
+        self, group_number: int, payload: bytes, max_ts: int, *, on_late: Callable[[float], None] | None = None
+    ) -> Published:
         """Publish an encoded group and wait until the stream has stored all of it.
 
-        max_ts: the newest version in it, milliseconds. Raises PublishFailed.
+        max_ts: the newest version in it, milliseconds. on_late: called with the seconds when they were more than
+        `timeout_s`; a slow link may need longer, and so waiting goes on. Raises PublishFailed, of which GroupTooLarge
+        is for good.
         """
         room = min(self._client.max_payload, MAX_PART_BYTES) - HEADER_ROOM_BYTES
         parts = wire.split(
@@ -84,21 +105,30 @@ class Publisher:
         size = sum(map(len, parts))
         self._in_flight_bytes += size
         acks: dict[str, asyncio.Future[Msg | str]] = {}
-        timer: asyncio.TimerHandle | None = None
+        loop = asyncio.get_running_loop()
+        timers: list[asyncio.TimerHandle] = []
         try:
             async with self._sending:
-                batch = uuid.uuid4().hex if await self._takes_batch(len(parts)) else None
+                # One message is not worth a question: whoever cares has told (`stream_seen`).
+                state = self._state if len(parts) == 1 else await self._stream_state()
+                self._check_size(group_number, len(parts), size, state)
+                atomic = state is not None and state.atomic and 1 < len(parts) <= MAX_BATCH_MESSAGES
+                batch = uuid.uuid4().hex if atomic else None
                 await self._send(parts, batch, acks)
             patience_s = self._timeout_s + self._in_flight_bytes / SLOWEST_LINK_BYTES_PER_S
-            timer = asyncio.get_running_loop().call_later(patience_s, _give_up, acks, patience_s)
+            timers.append(loop.call_later(patience_s, _give_up, acks, patience_s))
+            if on_late is not None:
+                timers.append(loop.call_later(self._timeout_s, on_late, self._timeout_s))
             sequences = await self._collect(acks, batch, len(parts))
             if batch is None and len(parts) > 1:
                 await self._check_span(sequences)
+        except GroupTooLarge:
+            raise
         except (nats.errors.Error, LogError) as error:
             raise PublishFailed(f"group {group_number} was not acknowledged: {error}") from error
         finally:
             self._in_flight_bytes -= size
-            if timer is not None:
+            for timer in timers:
                 timer.cancel()
             for token in acks:
                 self._waiting.pop(token, None)
@@ -111,6 +141,10 @@ class Publisher:
         The sequence alone would not do: a log that lost its tail gives sequences out again.
         """
         return stream == self._stream and self._own.get(sequence) == group_number
+
+    def sent_all(self, first: int, last: int) -> bool:
+        """Whether all messages of the own stream from `first` to `last` are this process's, as far as it remembers."""
+        return last - first < OWN_MESSAGES and all(sequence in self._own for sequence in range(first, last + 1))
 
     def connection_lost(self) -> None:
         """Fail what is under way at once: acknowledgements do not come back over another connection."""
@@ -125,10 +159,16 @@ class Publisher:
         if subscription is not None and not self._client.is_closed:
             await subscription.unsubscribe()
 
-    async def _takes_batch(self, parts: int) -> bool:
-        if not 1 < parts <= MAX_BATCH_MESSAGES:
-            return False
-        return (await self._stream_state()).atomic
+    def stream_seen(self, state: StreamState) -> bool:
+        """The own stream's settings as they are now; True if its bound is another one than groups were measured by."""
+        known, self._state = self._state, state
+        return known is not None and known.max_bytes != state.max_bytes
+
+    def _check_size(self, group_number: int, parts: int, payload_bytes: int, state: StreamState | None) -> None:
+        each = len(self._subject) + STORED_ROOM_BYTES + (BATCH_HEADERS_BYTES if parts > 1 else 0)
+        size = payload_bytes + parts * each
+        if state is not None and state.max_bytes is not None and size > state.max_bytes:
+            raise GroupTooLarge(group_number, self._stream, size, state.max_bytes)
 
     async def _stream_state(self) -> StreamState:
         """The stream's settings; they are asked for once, and again after they turned out to have changed."""

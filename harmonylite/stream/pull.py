@@ -69,6 +69,7 @@ class PullSession:
         self._pull_left = 0  # messages that the open pull request may still bring; 0: none is open
         self._heard = time.monotonic()
         self._received: deque[StoredMessage] = deque()
+        self._received_bytes = 0
         self._waiter: asyncio.Future[None] | None = None
         self._lost = ""
 
@@ -112,6 +113,7 @@ class PullSession:
         """Call this session lost; what it received does not count."""
         self._lost = self._lost or reason
         self._received.clear()
+        self._received_bytes = 0
 
     async def pull(self, max_messages: int, max_bytes: int) -> None:
         """Have a pull request open, unless there is something to take."""
@@ -121,8 +123,10 @@ class PullSession:
             await self.pull_more()
 
     async def pull_more(self) -> None:
-        """Open the next pull request if the last one is finished."""
+        """Open the next pull request if the last one is finished, unless much of what it brought is still here."""
         if self._pull_left or self.lost:
+            return
+        if 2 * len(self._received) >= self._batch or 2 * self._received_bytes >= self._bytes:
             return
         self._pull_left, self._heard, self.idle = self._batch, time.monotonic(), False
         request = {
@@ -144,6 +148,7 @@ class PullSession:
         while self._received and len(taken) < max_messages and size < max_bytes:
             taken.append(self._received.popleft())
             size += len(taken[-1].data)
+        self._received_bytes -= size
         return taken
 
     async def wait(self, deadline: float) -> None:
@@ -182,6 +187,7 @@ class PullSession:
         self._heard = time.monotonic()
         if message.reply.startswith("$JS.ACK."):
             self._received.append(_stored_message(message))
+            self._received_bytes += len(message.data)
             self._pull_left = max(0, self._pull_left - 1)
             self.idle = False
         else:

@@ -14,7 +14,7 @@ import logging
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nats.aio.client import Client
@@ -63,8 +63,8 @@ class NodeEntry:
 
     instance_id: of the database; it differs between two devices with one node id, unless one was copied from the
     other; schema: fingerprint; position: last sequence applied, by stream; seen_ms: the node's own clock when it
-    said so; stored_ms: the server's, 0 before it is stored; alive: it announced itself within LIVE_MS, by the
-    server's clock (by ours before server 2.10).
+    said so; stored_ms: the server's, 0 before it is stored; stopped: it signed off since; alive: it did not, and
+    announced itself within LIVE_MS, by the server's clock (by ours before server 2.10).
     """
 
     node_id: int
@@ -76,6 +76,7 @@ class NodeEntry:
     position: Mapping[str, int] = field(default_factory=dict)
     seen_ms: int = 0
     stored_ms: int = 0
+    stopped: bool = False
     alive: bool = False
 
 
@@ -152,6 +153,21 @@ class Registry:
             self._revision = None
             self._revision = await self._put(entry, await self._last_revision(entry))
         self._held = True
+
+    async def sign_off(self, entry: NodeEntry) -> None:
+        """Say that this node stops, so that its id is free at once. Only over an announcement of this process: if that
+        is not the key's last message, somebody else has the id, and nothing is written.
+
+        Raises StreamUnavailable or ApiError.
+        """
+        if self._revision is None:
+            return
+        try:
+            await self._put(replace(entry, stopped=True), self._revision)
+        except ApiError as error:
+            if error.err_code not in WRONG_LAST_SEQUENCE:
+                raise
+        self._revision, self._held = None, False
 
     async def nodes(self) -> list[NodeEntry]:
         """Every node that ever announced itself, by id. Raises StreamUnavailable, StreamMissing or ApiError."""
@@ -230,6 +246,7 @@ class Registry:
                 "pending_rows": entry.pending_rows,
                 "position": dict(entry.position),
                 "seen_ms": entry.seen_ms,
+                "stopped": entry.stopped,
             }
         ).encode()
         headers = {"Nats-Expected-Last-Subject-Sequence": str(revision)}
@@ -247,6 +264,7 @@ def _key(node_id: int) -> str:
 
 def _entry(fields: Mapping[str, Any], stored_ms: int, now_ms: int) -> NodeEntry:
     """Raises ValueError, KeyError, TypeError or AttributeError if that is not an entry."""
+    stopped = bool(fields.get("stopped", False))
     return NodeEntry(
         node_id=int(fields["node_id"]),
         instance_id=str(fields["instance_id"]),
@@ -257,5 +275,6 @@ def _entry(fields: Mapping[str, Any], stored_ms: int, now_ms: int) -> NodeEntry:
         position={str(stream): int(sequence) for stream, sequence in fields.get("position", {}).items()},
         seen_ms=int(fields.get("seen_ms", 0)),
         stored_ms=stored_ms,
-        alive=now_ms - stored_ms < LIVE_MS,
+        stopped=stopped,
+        alive=not stopped and now_ms - stored_ms < LIVE_MS,
     )

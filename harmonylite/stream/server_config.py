@@ -278,12 +278,18 @@ class _Planner:
         yield from self._no_compression()
         if settings.leaf_listen:
             yield f"  listen: {quote(_listen(settings.leaf_listen))}"
+            # Leaves know where to connect. What a hub sees of itself behind NAT or in a container leads nowhere, and
+            # past the way that was chosen for them. Not `no_advertise`: leaves of 2.9 take a hub that names no address
+            # for "wrong port". Port 1 refuses at once; newer leaves are told to ignore it, below.
+            yield '  advertise: "127.0.0.1:1"'
             yield from (f"  {line}" for line in self._listener_tls())
         if settings.leaf_servers:
             # One remote with several addresses: the servers of one hub, of which any will do.
             urls = ", ".join(quote(self._with_credentials(url)) for url in settings.leaf_servers)
             yield "  remotes: [ {"
             yield f"    urls: [ {urls} ]"
+            if self._version >= (2, 14, 0):
+                yield "    ignore_discovered_servers: true"
             if settings.seed_file:
                 if self._version < (2, 10, 0):
                     raise SettingsError(

@@ -27,6 +27,10 @@ _EXPECTED = re.compile(r"Plaintext passwords detected")
 _UNREACHABLE = re.compile(r"Error trying to connect (?:as leafnode|to route|to remote)")
 _LINK = re.compile(r"leafnode|\blid:\d|\brid:\d|to route|route error", re.IGNORECASE)
 # Only a connection that we made is "for account"; it says nothing yet about whether the hub accepts it.
+# Two servers of one name push each other off the hub, again and again.
+DUPLICATE_NODE = (
+    "another device with this node_id is connected to the hub: give this one its own (a cloned card keeps the old one)"
+)
 _DIALLED = re.compile(r"\b(lid:\d+) - Leafnode connection created for account")
 _HUNG_UP = re.compile(r"\b(lid:\d+) - Leafnode connection closed: (.*?)(?: - Remote:.*| account:.*)?$")
 _REFUSED_BY_US = re.compile(r"authentication error")
@@ -113,9 +117,11 @@ class ServerLog:
         elif _LINK_UP.search(text):
             self.link_error, self._link_was_up = None, True
         elif (match := _HUNG_UP.search(text)) and match[1] == self._dialled and match[2] != "Server Shutdown":
-            if self._link_was_up:
+            if self._link_explained:
+                pass
+            elif self._link_was_up:
                 self.link_error = f"the connection to the hub was lost ({match[2]})"
-            elif not self._link_explained:
+            else:
                 self.link_error = (
                     f"the hub closes each connection without a word ({match[2]}): it may want a client certificate "
                     "or a login ([nats] cert_file, seed_file, user_name)"
@@ -152,6 +158,8 @@ def _explain_link(text: str) -> str:
         return f"the other server refuses the login ([nats] user_name, user_password or seed_file): {text}"
     if "x509" in text or "tls" in text.lower():
         return f"TLS fails ([nats] ca_file, cert_file, key_file): {text}"
+    if "Duplicate Remote LeafNode Connection" in text:
+        return DUPLICATE_NODE
     return text
 
 

@@ -191,6 +191,58 @@ def test_the_effective_time_of_a_version_is_bounded_by_the_streams(make: MakeNod
     assert sender.conflicts() == []
 
 
+def test_i6_no_version_is_given_out_twice_after_the_stream_has_bounded_one(make: MakeNode) -> None:
+    """The floor is bounded together with the version, or the next write would get the time that was refused."""
+    node = make(1, PLAIN, clock=Clock(EPOCH_MS + DAY_MS))
+    node.sql("INSERT INTO t VALUES (1, 'first')")
+    [first] = node.publish()
+    [(_, refused)] = written([first], "t")
+    node.clock.now_ms = EPOCH_MS  # set right by hand; the server does not tell its time
+    node.apply(first, stored_ms=EPOCH_MS)
+    node.sql("UPDATE t SET v = 'second'")
+    [(_, second)] = written(node.publish(), "t")
+    assert second[:2] != refused[:2]
+    assert second[:2] == (EPOCH_MS + 60_001, 1)
+
+
+def test_the_floor_is_not_lowered_below_what_is_still_to_be_published(make: MakeNode) -> None:
+    """Writes of one node stay in their order, whatever becomes of the clock between them."""
+    node = make(1, PLAIN, clock=Clock(EPOCH_MS + DAY_MS))
+    node.sql("INSERT INTO t VALUES (1, 'first')")
+    [first] = node.publish()
+    node.sql("INSERT INTO t VALUES (2, 'second')")
+    node.apply(first, stored_ms=EPOCH_MS)  # absorbs the second before that
+    node.clock.now_ms = EPOCH_MS
+    node.sql("INSERT INTO t VALUES (3, 'third')")
+    stamps = {row[0]: sent[:2] for row, sent in written(node.publish(), "t")}
+    assert stamps[3] >= stamps[2] == (EPOCH_MS + DAY_MS + 20, 1)
+
+
+def test_the_floor_is_not_lowered_by_what_others_published(make: MakeNode) -> None:
+    node = make(1, PLAIN)
+    node.clock.tick(DAY_MS)
+    node.sql("INSERT INTO t VALUES (1, 'mine')")
+    node.publish()
+    floor = node.meta("floor_ms")
+    node.apply(wrote("t", ("id", "v"), ((2, "theirs"), stamp(EPOCH_MS + 2 * DAY_MS, 2))), stored_ms=EPOCH_MS)
+    assert node.meta("floor_ms") == floor == EPOCH_MS + DAY_MS + 10
+
+
+def test_i10_a_base_is_bounded_with_the_version_that_it_names(make: MakeNode) -> None:
+    """What others write meanwhile is not taken for seen because this node's clock is ahead."""
+    a = make(1, PLAIN, clock=Clock(EPOCH_MS + DAY_MS))
+    a.sql("INSERT INTO t VALUES (1, 'first')")
+    [first] = a.publish()
+    a.sql("UPDATE t SET v = 'second'")
+    a.absorb()
+    a.apply(first, stored_ms=EPOCH_MS)  # read back when the second is there already
+    theirs = wrote("t", ("id", "v"), ((1, "theirs"), stamp(EPOCH_MS + DAY_MS, 2, base=(EPOCH_MS + 60_000, 1))))
+    [(_, second)] = written(a.publish(), "t")
+    assert (second.base_ts, second.base_node) == (EPOCH_MS + 60_000, 1)
+    a.apply(theirs, stored_ms=EPOCH_MS + 2 * DAY_MS)
+    assert [(reason, row) for *_, reason, row in a.conflicts()] == [("concurrent write", {"id": 1, "v": "theirs"})]
+
+
 def test_a_step_of_the_clock_is_added_to_unsent_versions_of_this_boot(make: MakeNode) -> None:
     node = make(1, PLAIN, boot_id="one")
     node.sql("INSERT INTO t VALUES (1, 'earlier boot')")

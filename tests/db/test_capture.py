@@ -263,11 +263,6 @@ def test_rows_evicted_by_replace_are_deletes(make: MakeNode, kind: str) -> None:
     assert b.conflicts() == []
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="SQLite computes NEW.g in a BEFORE UPDATE trigger from the columns that the trigger mentions only; the"
-    " second look finds the row",
-)
 def test_rows_evicted_through_a_generated_column_of_two_are_deletes(make: MakeNode) -> None:
     node = make(1, "CREATE TABLE t (id INTEGER PRIMARY KEY, v, w, g AS (v || w) UNIQUE)")
     node.sql("INSERT INTO t (id, v, w) VALUES (1, 'a', 1), (2, 'a', 2)")

@@ -179,6 +179,38 @@ def test_i7_small_transactions_are_not_torn_because_their_backlog_is_large(make:
     assert not any(each.torn for each in node.outgoing())
 
 
+def test_i7_groups_are_as_small_as_the_stream_wants_them_but_transactions_stay_whole(make: MakeNode) -> None:
+    node = make(1, PLAIN)
+    for first in range(0, 100, 10):
+        with node.transaction():
+            for key in range(first, first + 10):
+                node.app.execute("INSERT INTO t VALUES (?, ?)", (key, "x" * 2_000))
+        node.absorb()
+    assert len(node.outgoing()) == 1
+    node.replica.limit_groups(50_000)
+    sent = node.outgoing()
+    assert [len(each.group) for each in sent] == [20, 10, 20, 20, 10, 20]
+    assert not any(each.torn for each in sent)
+    node.replica.limit_groups(5_000)
+    sent = node.outgoing()
+    assert [len(each.group) for each in sent] == [10] * 10
+    assert not any(each.torn for each in sent)
+
+
+def test_limits_change_while_running(make: MakeNode) -> None:
+    node = make(1, PLAIN)
+    node.sql("INSERT INTO t VALUES (1, 'x')")
+    node.absorb()
+    for key in range(2, 5):
+        node.sql("INSERT INTO t VALUES (?, ?)", (key, "x" * 200_000))
+        node.absorb()
+    assert len(node.outgoing()) == 1
+    node.replica.change_limits(group_rows=2, max_transaction_bytes=1 << 26, tombstone_retention_ms=1)
+    assert [len(each.group) for each in node.outgoing()] == [2, 2]
+    node.replica.change_limits(group_rows=2, max_transaction_bytes=250_000, tombstone_retention_ms=1)
+    assert [len(each.group) for each in node.outgoing()] == [2, 1, 1]
+
+
 def test_i7_few_large_rows_are_cut_too(make: MakeNode) -> None:
     node = make(1, PLAIN, max_transaction_bytes=200_000)
     with node.transaction():

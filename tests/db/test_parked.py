@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from harmonylite.db import conflicts as conflict_log
@@ -140,6 +142,32 @@ def test_a_parked_row_is_dropped_when_an_own_newer_version_was_written(make: Mak
     node.sql("INSERT INTO t VALUES (1, 5)")
     exchange(node)
     assert node.parked() == []
+
+
+def test_i1_a_write_does_not_look_at_all_that_is_parked(make: MakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = make(1, "CREATE TABLE t (id TEXT COLLATE NOCASE PRIMARY KEY, v CHECK (v < 10))")
+    node.apply(wrote("t", IDV, *(((f"key {number}", 11), stamp(1000, 2)) for number in range(50))))
+    load, loaded = conflict_log.load_parked, []
+
+    def count(*arguments: Any) -> list[conflict_log.Parked]:
+        found = load(*arguments)
+        loaded.extend(found)
+        return found
+
+    monkeypatch.setattr(conflict_log, "load_parked", count)
+    node.sql("INSERT INTO t VALUES ('KEY 7', 5), ('other', 5)")
+    node.absorb()
+    assert [parked.key for parked in loaded] == [("key 7",)]
+    assert len(node.parked()) == 49
+
+
+def test_a_parked_row_is_dropped_when_it_was_beaten_while_the_daemon_was_stopped(make: MakeNode) -> None:
+    node = make(1, CHECKED)
+    node.apply(wrote("t", IDV, ((1, 11), stamp(1000, 2)), ((2, 11), stamp(1000, 2))))
+    node.stop()
+    node.sql("INSERT INTO t VALUES (1, 5)")
+    node.start()
+    assert [key for _, key, _, _ in node.parked()] == [(2,)]
 
 
 def test_a_parked_row_is_dropped_by_its_key_in_another_spelling(make: MakeNode) -> None:

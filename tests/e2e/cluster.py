@@ -287,7 +287,9 @@ def contents_of(db: Path) -> Contents:
             found[name] = connection.execute(f'SELECT * FROM "{name}" ORDER BY 1, 2').fetchall()
             if version_columns := _version_columns(connection, name):
                 columns = ", ".join(version_columns)
-                sql = f'SELECT {columns} FROM "__harmonylite__{name}_version" ORDER BY {columns}'
+                # A version of (0, 0) says no more than none at all.
+                known = f'FROM "__harmonylite__{name}_version" WHERE ts > 0 OR deleted'
+                sql = f"SELECT {columns} {known} ORDER BY {columns}"
                 found[f"{name}: versions"] = connection.execute(sql).fetchall()
         return found
 

@@ -6,12 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 
+from harmonylite.observe.control import ControlError, query
 from tests.e2e.cluster import Cluster, eventually, hub_and_leaves, process_gone
+from tests.e2e.notify import NotifySocket
 from tests.e2e.writers import SCHEMA, WRITE
+from tests.stream.support import free_port
 
 
 def test_rows_travel_between_hub_and_leaf(tmp_path: Path) -> None:
@@ -98,6 +102,110 @@ def test_sighup_reloads_logging_and_survives_a_wrong_file(tmp_path: Path) -> Non
         assert node.connected()
         assert node.log_text().count("Traceback") == 0
         assert node.stop() == 0
+
+
+def test_a_database_that_was_cleaned_up_takes_its_node_id_at_once(tmp_path: Path) -> None:
+    cluster, _ = hub_and_leaves(tmp_path, SCHEMA, 1)
+    with cluster:
+        hub, leaf = cluster.start().nodes.values()
+
+        def registered() -> str:
+            try:
+                nodes = query(hub.db, {"command": "cluster"})["nodes"]
+            except ControlError:
+                return ""
+            return next((str(node["status"]) for node in nodes if node["node_id"] == 2), "")
+
+        eventually(lambda: registered() == "alive", 20, "the leaf is announced")
+        assert leaf.stop() == 0
+        assert registered() == "stopped"
+        command = [sys.executable, "-m", "harmonylite", "cleanup", "--all", "--force", "--config", str(leaf.config)]
+        subprocess.run(command, check=True, timeout=30, capture_output=True)
+        leaf.start()
+        eventually(lambda: registered() == "alive", 20, "the leaf is announced again")
+        eventually(leaf.settled, 20, "the leaf replicates")
+        assert "used twice" not in leaf.log_text()
+
+
+def test_ready_is_who_captures(tmp_path: Path) -> None:
+    with Cluster(tmp_path, SCHEMA) as cluster, NotifySocket(tmp_path / "notify") as notify:
+        node = cluster.add(1, environment={"NOTIFY_SOCKET": str(notify.path)})
+        triggers = "SELECT count(*) FROM sqlite_schema WHERE type = 'trigger' AND name LIKE '__harmonylite__%'"
+        with node.open_db() as application:
+            application.execute("BEGIN EXCLUSIVE")
+            node.start()
+            eventually(lambda: any(line.startswith("EXTEND_TIMEOUT_USEC=") for line in notify.received()))
+            assert "READY=1" not in notify.received()
+            application.execute("ROLLBACK")
+        eventually(lambda: "READY=1" in notify.received(), 20, "ready")
+        assert node.execute(triggers)[0][0] > 0
+        assert notify.received().count("READY=1") == 1
+
+
+def test_ready_is_also_who_waits_for_a_database(tmp_path: Path) -> None:
+    with Cluster(tmp_path, "") as cluster, NotifySocket(tmp_path / "notify") as notify:
+        node = cluster.add(1, environment={"NOTIFY_SOCKET": str(notify.path)})
+        node.start()
+        eventually(lambda: "READY=1" in notify.received(), 20, "ready")
+        waiting = f"STATUS=waiting for the database {node.db}: there is no such file yet"
+        assert waiting in notify.received()
+        node.signal(signal.SIGHUP)
+        eventually(lambda: notify.received().count("READY=1") == 2, 10, "reloaded")
+        node.execute("CREATE TABLE item (id INTEGER PRIMARY KEY, name TEXT)")
+        eventually(lambda: (node.status() or {}).get("tables_tracked") == 1, 10, "the table is captured")
+        eventually(lambda: any("online" in line for line in notify.received()), 20, "the status says so")
+        assert notify.received().count("READY=1") == 2
+
+
+def test_a_database_of_a_newer_version_is_a_start_that_failed(tmp_path: Path) -> None:
+    with Cluster(tmp_path, SCHEMA) as cluster, NotifySocket(tmp_path / "notify") as notify:
+        node = cluster.add(1, environment={"NOTIFY_SOCKET": str(notify.path)})
+        node.execute("CREATE TABLE __harmonylite__meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID")
+        node.execute("INSERT INTO __harmonylite__meta VALUES ('format', 99)")
+        node.start()
+        assert node.process is not None
+        assert node.process.wait(20) == 1
+        assert "READY=1" not in notify.received()
+
+
+def test_sighup_takes_over_limits_and_says_what_needs_a_restart(tmp_path: Path) -> None:
+    with Cluster(tmp_path, SCHEMA) as cluster:
+        node = cluster.add(1)
+        cluster.start()
+        eventually(node.settled, 20, "the node replicates")
+        node.configure(
+            {"": {"scan_max_changes": 7, "replicate": False}, "nats": {"user_name": "app", "user_password": "geheim"}}
+        )
+        node.signal(signal.SIGHUP)
+        eventually(lambda: "configuration reloaded" in node.log_text(), 10, "a line about it")
+        [line] = [line for line in node.log_text().splitlines() if "configuration reloaded" in line]
+        assert "changed=scan_max_changes" in line
+        assert "needs_restart=replicate,nats.user_name,nats.user_password" in line
+        assert "geheim" not in node.log_text()
+        with node.open_db() as application:
+            application.execute("BEGIN")
+            application.executemany(WRITE, ((f"row-{number}", 1, number, "") for number in range(21)))
+            application.execute("COMMIT")
+        eventually(node.settled, 20, "published")
+        node.configure({"": {"sleep_timeout": 500, "scan_max_changes": 7}})
+        node.signal(signal.SIGHUP)
+        assert node.process is not None
+        assert node.process.wait(20) == 0, "asleep after half a second without a change"
+
+
+def test_rows_without_a_key_are_shown(tmp_path: Path) -> None:
+    with Cluster(tmp_path, "CREATE TABLE item (id TEXT PRIMARY KEY, name TEXT)") as cluster:
+        port = free_port()
+        node = cluster.add(1, {"prometheus": {"enable": True, "bind": f"127.0.0.1:{port}"}})
+        node.execute("INSERT INTO item VALUES (NULL, 'a'), (NULL, 'b'), ('c', 'c')")
+        cluster.start()
+        eventually(lambda: (node.status() or {}).get("unkeyed_rows") == 2, 20, "both rows are counted")
+        status = node.status()
+        assert status is not None
+        assert status["status"] == "degraded"
+        assert any(reason.startswith("2 rows not replicated: NULL") for reason in status["reasons"]), status
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            assert "harmonylite_unkeyed_rows 2.0" in answer.read().decode()
 
 
 @pytest.mark.slow

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import apsw
 
-from harmonylite import wire
-from harmonylite.model import UNVERSIONED, Group, Version
+from harmonylite.model import UNVERSIONED, Group
 from tests.sim.history import SetClock
+from tests.sim.observe import Conflict, conflicts_of
 from tests.sim.reference import (
     Observed,
     Place,
@@ -43,16 +43,17 @@ def check_all(world: World) -> None:
     writes: dict[Place, list[RowWrite]] = defaultdict(list)
     for write in world.writes:
         writes[write.place].append(write)
+    known = {place: of_place for place, of_place in writes.items() if place not in world.revived}
     _equals_log(world, final)
     _content_was_written(world, final, writes)
-    _later_beats_earlier(world, final, writes)
+    _later_beats_earlier(world, final, known)
     _honest_clocks_predict(world, final)
-    _causality(final, writes)
-    _own_rows_present(final, writes)
+    _causality(final, known)
+    _own_rows_present(final, known)
     _transactions_whole(world, writes)
     conflicts = set(_recorded_conflicts(world))
     _clashes_explained(final, conflicts)
-    _losers_recorded(world, final, writes, {row for _, _, row in conflicts})
+    _losers_recorded(world, final, known, {row for _, _, row in conflicts})
 
 
 def _intact(node: Node, state: Observed) -> None:
@@ -95,11 +96,11 @@ def _identical(world: World, states: list[Observed]) -> None:
 def _equals_log(world: World, final: Observed) -> None:
     """I4, I5: every row is what the plain reference makes of the server's log, clash tombstones included."""
     expected = last_writer_wins(world.log(), world.tolerance_ms)
-    for place in sorted({*expected, *final.versions}, key=repr):
+    for place in sorted({*expected, *final.versions} - world.revived, key=repr):
         version, row = expected.get(place, (UNVERSIONED, None))
         seen = final.versions.get(place, (UNVERSIONED, False))[0]
-        if world.history.retention_ms and row is None and seen == UNVERSIONED and place not in final.rows:
-            continue  # the tombstone is forgotten
+        if world.history.retention_ms and row is None and seen <= version and place not in final.rows:
+            continue  # the tombstone is forgotten, or only an older one is remembered
         if seen != version:
             raise Violation(f"I5: {place} has version {seen}, the log's highest is {version}")
         if version != UNVERSIONED and final.rows.get(place) != row:
@@ -146,7 +147,7 @@ def _honest_clocks_predict(world: World, final: Observed) -> None:
     if any(world.history.offsets) or clocks_stepped:
         return
     for place, row in honest_outcome(world.writes).items():
-        if TABLES[place[0]].exact and final.rows.get(place) != row:
+        if TABLES[place[0]].exact and place not in world.revived and final.rows.get(place) != row:
             raise Violation(f"I5: {place} is {final.rows.get(place)}, the latest write was {row}")
 
 
@@ -207,18 +208,14 @@ def _contents(group: Group) -> set[tuple[Place, RowState | None]]:
     return {(place, row) for changes in group.tables for place, _, row in rows_of(changes)}
 
 
-def _recorded_conflicts(world: World) -> Iterator[tuple[str, Version, tuple[int, ...]]]:
-    """Table, version and serial of every row in a conflict log."""
+def _recorded_conflicts(world: World) -> Iterator[Conflict]:
+    """Every row in a conflict log, those of files that were replaced by a backup among them."""
+    yield from world.lost_conflicts
     for node in world.nodes:
-        for table, ts, origin, rank, row in node.application.connection.execute(
-            "SELECT tbl, ts, node, rank, row FROM __harmonylite__conflict"
-        ):
-            content = wire.unpack(row) if row is not None else {}
-            serial = content.get("serial") if isinstance(content, dict) else None
-            yield table, Version(ts, origin, rank), () if serial is None else (serial,)
+        yield from conflicts_of(node.application.connection)
 
 
-def _clashes_explained(final: Observed, conflicts: set[tuple[str, Version, tuple[int, ...]]]) -> None:
+def _clashes_explained(final: Observed, conflicts: set[Conflict]) -> None:
     """I10: a row that was buried by a unique clash stands in a conflict log."""
     explained = {(table, version[:2]) for table, version, _ in conflicts}
     for place, (version, _) in final.versions.items():

@@ -8,6 +8,7 @@ from tests.sim.history import (
     HOUR,
     Absence,
     Absorb,
+    Backup,
     Collect,
     Connect,
     Delete,
@@ -21,12 +22,14 @@ from tests.sim.history import (
     Publish,
     Race,
     Rekey,
+    Restore,
     SetClock,
     Start,
     Step,
     Stop,
     Swap,
     Sync,
+    Trim,
     Update,
     UpdateAll,
     Values,
@@ -53,6 +56,8 @@ class Generator:
         self.nodes = source.choice((3, 3, 3, 4, 5))
         self.shards = source.choice((1, 1, 1, 2))
         self.listeners = 1 if source.random() < 0.15 else 0
+        # Whether the log forgets its beginning, so that who was away needs a snapshot.
+        self.trims = source.random() < 0.4
 
     def history(self, length: int | None = None) -> History:
         """One history of about `length` steps."""
@@ -163,6 +168,10 @@ class Generator:
             return self.write(source.randrange(self.nodes - self.listeners))
         if kind == "engine":
             return self._engine_step(node)
+        if kind in ("network", "daemon") and self._may_trim() and source.random() < 0.5:
+            return self._trim(node)
+        if kind in ("clock", "wait") and self.profile == "honest" and source.random() < 0.5:
+            return Backup(node) if source.random() < 0.5 else Restore(node)
         if kind == "network":
             return Connect(node) if source.random() < 0.5 else Disconnect(node)
         if kind == "daemon":
@@ -172,7 +181,7 @@ class Generator:
         if kind == "wait" and self.profile == "forgetful":
             return Wait(source.choice((HOUR, 11 * HOUR)))
         if kind in ("clock", "network") and self.profile == "forgetful":
-            return Prune(node) if source.random() < 0.3 else Absence(node)
+            return Prune(node) if source.random() < 0.3 else Absence(node, self.trims and source.random() < 0.7)
         if kind == "interrupt":
             return Interrupt(self.daemon_step(node), source.choice((1, 3, 8, 20, 50)) + source.randrange(8))
         if kind == "race":
@@ -181,8 +190,17 @@ class Generator:
             return Race(self.daemon_step(node), statement, self.write(node))
         return Wait(source.choice((1, 50, 5_000, HOUR)))
 
-    def daemon_step(self, node: int) -> Absorb | Collect | Publish | Deliver | Sync | Start:
+    def _may_trim(self) -> bool:
+        """With tombstones that are forgotten, only after an absence: two who were away would not agree on them."""
+        return self.trims and self.profile != "forgetful"
+
+    def _trim(self, node: int) -> Trim:
+        return Trim(node, self.random.choice((0, 0, 1, 3)))
+
+    def daemon_step(self, node: int) -> Absorb | Collect | Publish | Deliver | Sync | Trim | Start:
         """Something that a crash or a write can come in the middle of."""
+        if self._may_trim() and self.random.random() < 0.1:
+            return self._trim(node)
         return Start(node) if self.random.random() < 0.1 else self._engine_step(node)
 
 

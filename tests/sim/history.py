@@ -142,7 +142,35 @@ class Prune:
 @dataclass(frozen=True)
 class Absence:
     """`node` is cut off until it connects again; meanwhile all others exchange everything and, long enough later,
-    forget their tombstones. Only in a history with `retention_ms`.
+    forget their tombstones. Only in a history with `retention_ms`. trim: the log forgets them too, and what is left is
+    a snapshot, if `node` was the only one that was away.
+    """
+
+    node: int
+    trim: bool = False
+
+
+@dataclass(frozen=True)
+class Trim:
+    """`node` takes a snapshot, if it has read everything, and the log forgets what came before it but for the last
+    `keep` messages of each stream.
+    """
+
+    node: int
+    keep: int = 0
+
+
+@dataclass(frozen=True)
+class Backup:
+    """Somebody copies the node's database file."""
+
+    node: int
+
+
+@dataclass(frozen=True)
+class Restore:
+    """After it has published everything, the node's file is replaced by its last backup, if there is one; then it
+    catches up. Only where clocks are right: else a write might be given a version that another one had before.
     """
 
     node: int
@@ -187,7 +215,7 @@ class Wait:
 class Interrupt:
     """Run `step` and kill the daemon before its `statement`-th SQL statement (counted from 0), then start it."""
 
-    step: Absorb | Collect | Publish | Deliver | Sync | Start
+    step: Absorb | Collect | Publish | Deliver | Sync | Trim | Start
     statement: int
 
 
@@ -197,7 +225,7 @@ class Race:
     is free).
     """
 
-    step: Absorb | Collect | Publish | Deliver | Sync | Start
+    step: Absorb | Collect | Publish | Deliver | Sync | Trim | Start
     statement: int
     write: Write
 
@@ -210,6 +238,9 @@ Step = (
     | Deliver
     | Sync
     | Prune
+    | Trim
+    | Backup
+    | Restore
     | Absence
     | Connect
     | Disconnect

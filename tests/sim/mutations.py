@@ -6,15 +6,18 @@ import sys
 
 from tests.sim.breaking import Edit, Mutation, catch
 from tests.sim.history import History, Insert, Sync, Wait, Write
+from tests.sim.regressions import BASE_THAT_NOBODY_ELSE_HAS, SAME_VERSION_IN_THE_LOG, SAME_VERSION_TWICE
 
 _COMPARED = "(excluded.ts, excluded.node, excluded.rank) > (v.ts, v.node, v.rank)"
 _APPLY = "harmonylite.db.replica:Replica._apply"
+_DELIVER = "harmonylite.db.applying:Applying.deliver"
 _ABSORB = "harmonylite.db.versions:Absorb.of"
 _FAST = "harmonylite.db.apply:_Statements.__init__"
 _JUDGE = "harmonylite.db.resolve:Resolver._judge"
 _PLACE = "harmonylite.db.resolve:Resolver._place"
 _AROUND = "harmonylite.db.resolve:Resolver._write_around_clashes"
 _CLASHING = ("two_unique", "pair_unique")
+_DROPPABLE = ("partial_unique", "expression_unique")
 
 # One group brings two rows, one older and one newer than a row that clashes with both: only that row must go.
 _RIVAL_OF_TWO = History(
@@ -79,7 +82,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "the floor is never made of other nodes' timestamps",
         (
             Edit(
-                _APPLY,
+                _DELIVER,
                 "newest.append(newest_ms(item.group))",
                 "newest.append(newest_ms(item.group)); self._database.raise_floor(newest_ms(item.group))",
             ),
@@ -117,12 +120,24 @@ MUTATIONS: tuple[Mutation, ...] = (
         profile="wild",
     ),
     Mutation(
+        "the floor is bounded with the versions that made it: no version is given out twice",
+        (
+            Edit(
+                _DELIVER,
+                "if item.group.publisher == self._settings.node_id and newest[-1] > limit:",
+                "if False:",
+            ),
+        ),
+        first=(SAME_VERSION_TWICE, SAME_VERSION_IN_THE_LOG),
+    ),
+    Mutation(
         "no message is skipped because this node sent it",
         (
             Edit(
-                _APPLY,
-                "step(item.group, context, limit)",
-                "item.group.publisher == self._settings.node_id or step(item.group, context, limit)",
+                _DELIVER,
+                "self.take(item.group, context, limit, careful=careful)",
+                "item.group.publisher == self._settings.node_id"
+                " or self.take(item.group, context, limit, careful=careful)",
             ),
         ),
         profile="wild",
@@ -154,9 +169,34 @@ MUTATIONS: tuple[Mutation, ...] = (
         (Edit("harmonylite.db.capture:triggers", '_both(f"({changed})", _present(table, "OLD"))', '"false"'),),
     ),
     Mutation(
-        "rows that REPLACE evicts through a unique index are logged",
-        (Edit("harmonylite.db.capture:triggers", "if readable:", "if False:"),),
+        "rows that REPLACE evicts through a unique constraint are logged",
+        (Edit("harmonylite.db.capture:triggers", "if constraints:", "if False:"),),
         tables=_CLASHING,
+    ),
+    Mutation(
+        "rows that REPLACE evicts through any other unique index are found when the write is absorbed",
+        (Edit("harmonylite.db.evictions:Evictions.log", "if statements is None:", "if True:"),),
+        tables=_DROPPABLE,
+    ),
+    Mutation(
+        "also those that are older than the installation",
+        (
+            Edit(
+                "harmonylite.db.evictions:stamp_unversioned", "if not integer(connection, statements.surplus):", "if 1:"
+            ),
+        ),
+        tables=_DROPPABLE,
+    ),
+    Mutation(
+        "also those that were removed while the daemon did not run",
+        (
+            Edit(
+                "harmonylite.db.install:_absorb_leftovers",
+                "if all(",
+                "if False and all(",
+            ),
+        ),
+        tables=_DROPPABLE,
     ),
     Mutation(
         "maybe evicted means deleted only if the row is gone",
@@ -193,7 +233,7 @@ MUTATIONS: tuple[Mutation, ...] = (
             Edit(
                 "tests.sim.node:Node.publish",
                 "if not lost:",
-                "self._call(Replica.mark_published, group.through)\n        if not lost:",
+                "self.call(Replica.mark_published, group.through)\n        if not lost:",
             ),
         ),
     ),
@@ -219,8 +259,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             Edit(
                 _APPLY,
-                "newest: list[int] = []",
-                "newest: list[int] = []\n    with self._database.transaction():\n"
+                "stream = delivery.position.stream",
+                "stream = delivery.position.stream\n    with self._database.transaction():\n"
                 "        tables.save_position(self._writer, delivery.position)",
             ),
         ),
@@ -339,6 +379,11 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "I10: a row here that a concurrent write replaced is recorded",
         (Edit("harmonylite.db.resolve:Resolver._log_discarded", "winner.discards is not None", "False"),),
+    ),
+    Mutation(
+        "I10: a base is bounded with the version that it names",
+        (Edit(_JUDGE, "if row.stamped[:2] == local.base and row.version != row.stamped:", "if False:"),),
+        first=(BASE_THAT_NOBODY_ELSE_HAS,),
     ),
     Mutation(
         "I10: concurrency is judged by what the writer had seen, not by what it wrote before",

@@ -12,6 +12,7 @@ import apsw
 from harmonylite.db.outbox import OutgoingGroup
 from harmonylite.db.replica import Replica, ReplicaSettings
 from harmonylite.model import Delivery, Group, Position, ReceivedGroup
+from tests.sim import catchup
 from tests.sim.application import Application
 from tests.sim.history import Write
 from tests.sim.observe import observe
@@ -47,6 +48,8 @@ class Node:
         self.online = False
         self._knows_time = False
         self.dead = False
+        # Rows were marked by a merge: their groups are no longer those of the transactions that wrote them.
+        self.republishes = False
         # Groups read and not sent; where more come from; sent ones whose acknowledgement is under way.
         self._unsent: deque[OutgoingGroup] = deque()
         self._snapshot: Iterator[OutgoingGroup] | None = None
@@ -58,10 +61,10 @@ class Node:
         self.collected: list[list[Group]] = []
         self.transactions: list[list[RowWrite]] = []
         self.reference = ReferenceNode(node_id, world.tolerance_ms, self.listens_only)
-        self.application = Application(self.path, history.tables, self.clock_ms, world.next_serial)
+        self.open_application()
         self._replica: Replica | None = None
         self._connections: list[apsw.Connection] = []
-        self._cursors: dict[int, int] = {}
+        self.cursors: dict[int, int] = {}
         self._targets: list[int] = []
         self._countdown: int | None = None
         self._race: tuple[int, Write] | None = None
@@ -74,6 +77,9 @@ class Node:
         return self._replica is not None
 
     # --- the application ---
+
+    def open_application(self) -> None:
+        self.application = Application(self.path, self.world.history.tables, self.clock_ms, self.world.next_serial)
 
     def prepare(self) -> None:
         """The schema and the first rows, before HarmonyLite is installed: their rows have no version."""
@@ -108,17 +114,17 @@ class Node:
             replica = Replica(self.path, settings, self.clock_ms)
             replica.open()
         self._replica = replica
-        self.reference.follow(self.observe(), (), self.world.server.now_ms)
+        self.follow()
 
     def stop(self) -> None:
         if self._replica is not None:
             self.disconnect()
-            self._call(Replica.flush)
-            self._call(Replica.close)
+            self.call(Replica.flush)
+            self.call(Replica.close)
             self._replica = None
             self._knows_time = False
             self._connections.clear()
-            self.reference.follow(self.observe(), (), self.world.server.now_ms)
+            self.follow()
 
     def bury(self) -> None:
         """What the kernel does for a killed process: its files are closed, open transactions are gone."""
@@ -147,17 +153,16 @@ class Node:
         self._knows_time = True
         self.reference.heard_server_time(now)
         try:
-            self._call(Replica.server_time, now)
+            self.call(Replica.server_time, now)
         finally:
             self.reference.follow(self.observe(), (), now, may_clamp=True)
         self.reference.took_server_time(now)
 
     def prune(self) -> None:
         """Forget old tombstones, as the daemon does every hour while it is connected."""
-        ends = [len(stream) for stream in self.world.server.streams]
-        if self.online and all(self._cursors[shard] >= end for shard, end in enumerate(ends)):
+        if catchup.at_the_end(self):
             self.learn_time()
-            self._call(Replica.prune_tombstones, self.world.server.now_ms)
+            self.call(Replica.prune_tombstones, self.world.server.now_ms)
             self.reference.forgot(self.observe())
 
     def connect(self) -> None:
@@ -169,9 +174,9 @@ class Node:
         server = self.world.server
         self._targets = [len(stream) for stream in server.streams]
         for shard in range(len(server.streams)):
-            position = self._call(Replica.position, self._stream(shard))
-            self._cursors[shard] = position.sequence if position else 0
+            self.cursors[shard] = catchup.stored_position(self, shard)
         self.learn_time()
+        catchup.bridge(self)
 
     def disconnect(self) -> None:
         """The connection is gone, and with it everything that was under way."""
@@ -189,7 +194,7 @@ class Node:
             with contextlib.suppress(Crash):  # of a process that is dead already
                 close()
 
-    def _bound(self) -> int | None:
+    def bound_ms(self) -> int | None:
         """The latest time that a write may claim, if this node's daemon knows the server's time: since it was first
         connected it does, by a clock that nobody sets.
         """
@@ -199,8 +204,8 @@ class Node:
         return self.world.server.now_ms + self.world.tolerance_ms
 
     def absorb(self) -> None:
-        self._call(Replica.absorb, self._bound())
-        self.reference.follow(self.observe(), (), self.world.server.now_ms)
+        self.call(Replica.absorb, self.bound_ms())
+        self.follow()
 
     def collect(self, how: str) -> None:
         """Pending rows become groups to be sent, if this node may publish now and has sent all before."""
@@ -208,8 +213,8 @@ class Node:
             return
         for _ in range(COLLECT_ATTEMPTS):
             if how == "locked":
-                self._unsent.extend(self._call(Replica.outgoing_locked, self._after, self._bound()))
-                self.reference.follow(self.observe(), (), self.world.server.now_ms)
+                self._unsent.extend(self.call(Replica.outgoing_locked, self._after, self.bound_ms()))
+                self.follow()
                 return
             self.absorb()
             groups = self._outgoing(how == "writer")
@@ -217,11 +222,11 @@ class Node:
                 return
 
     def _outgoing(self, on_writer: bool) -> Iterator[OutgoingGroup] | None:
-        groups: Iterator[OutgoingGroup] | None = self._call(
+        groups: Iterator[OutgoingGroup] | None = self.call(
             lambda replica: replica.outgoing(self._after, on_writer=on_writer)
         )
         if on_writer and groups is not None:
-            self._unsent.extend(self._call(lambda _: list(groups)))
+            self._unsent.extend(self.call(lambda _: list(groups)))
         else:
             self._snapshot = groups
         return groups
@@ -231,12 +236,12 @@ class Node:
         return bool(self._unsent) or self._snapshot is not None
 
     def caught_up(self) -> bool:
-        return all(self._cursors[shard] >= target for shard, target in enumerate(self._targets))
+        return all(self.cursors[shard] >= target for shard, target in enumerate(self._targets))
 
     def _next_group(self) -> OutgoingGroup | None:
         if not self._unsent and self._snapshot is not None:
             snapshot = self._snapshot
-            group = self._call(lambda _: next(snapshot, None))
+            group = self.call(lambda _: next(snapshot, None))
             if group is None:
                 self._let_go()
                 return None
@@ -250,7 +255,8 @@ class Node:
             outgoing.append(group)
         shard = self.index % self.world.history.shards
         for place, group in enumerate(outgoing):
-            self.collected[-1].append(group.group)
+            if not self.republishes:
+                self.collected[-1].append(group.group)
             self.reference.sends(group.group, self.world.server.now_ms)
             self._after = max(self._after, group.through)
             lost = (fate == "lost" and place == len(outgoing) - 1) or (fate == "hole" and place == 0)
@@ -272,27 +278,32 @@ class Node:
         while self._unacknowledged:
             group, sequence = self._unacknowledged.popleft()
             self._own.add(sequence)
-            self._call(Replica.mark_published, group.through)
+            self.call(Replica.mark_published, group.through)
 
     def deliver(self, shard: int, count: int, again: int = 0) -> bool:
         """Apply the next messages of a stream, old ones again before them. Whether there were new ones."""
         if not self.online:
             return False
+        catchup.bridge(self)
         stream = self.world.server.streams[shard]
-        cursor = self._cursors[shard]
+        cursor = self.cursors[shard]
         new = stream[cursor : cursor + count]
-        received = stream[max(0, cursor - again) : cursor] + [each for each in new if not self._may_skip(shard, each)]
+        received = stream[max(self.world.server.firsts[shard] - 1, cursor - again) : cursor] + [
+            each for each in new if not self._may_skip(shard, each)
+        ]
         end = cursor + len(new)
         if received:
             self._apply(shard, received, end)
         elif new:
-            self._call(Replica.note_position, self._position(shard, end))
-            self._cursors[shard] = end
+            self.call(Replica.note_position, self._position(shard, end))
+            self.cursors[shard] = end
         return bool(received)
 
     def consume(self) -> bool:
         """Apply everything there is. Whether there was anything."""
         applied = [self.deliver(shard, 1_000_000) for shard in range(len(self.world.server.streams))]
+        if catchup.at_the_end(self):
+            self.call(Replica.note_synced, self.world.server.now_ms)
         return any(applied)
 
     def _apply(self, shard: int, received: Sequence[ReceivedGroup], end: int) -> None:
@@ -300,17 +311,18 @@ class Node:
         tolerance = self.world.tolerance_ms
         changes = [change for each in received for change in changes_of(each, tolerance)]
         try:
-            self._call(Replica.apply, Delivery(position, tuple(received)), self._bound())
+            self.call(Replica.apply, Delivery(position, tuple(received)), self.bound_ms())
         except Crash:
-            took_effect = self.observe().sequences.get(position.stream, 0) == end > self._cursors[shard]
-            self._follow_apply(changes if took_effect else ())
+            took_effect = self.observe().sequences.get(position.stream, 0) == end > self.cursors[shard]
+            self.follow(changes if took_effect else ())
             raise
-        self._cursors[shard] = end
-        self._follow_apply(changes)
+        self.cursors[shard] = end
+        self.follow(changes)
         if (stored := self.observe().sequences.get(position.stream)) != end:
             raise Violation(f"I3: node {self.id} applied up to {end}, its stored position is {stored}")
 
-    def _follow_apply(self, changes: Iterable[Change]) -> None:
+    def follow(self, changes: Iterable[Change] = ()) -> None:
+        """The reference takes `changes` for what took effect since it was last asked."""
         self.reference.follow(self.observe(), changes, self.world.server.now_ms)
 
     def _may_skip(self, shard: int, received: ReceivedGroup) -> bool:
@@ -323,14 +335,14 @@ class Node:
         """After message `end` of a stream; 0: before the first."""
         stream = self.world.server.streams[shard]
         stored_ns = stream[end - 1].stored_ms * 1_000_000 if end else 0
-        return Position(self._stream(shard), CREATED, end, stored_ns)
+        return Position(self.stream(shard), CREATED, end, stored_ns)
 
-    def _stream(self, shard: int) -> str:
+    def stream(self, shard: int) -> str:
         return f"changes-{shard + 1}"
 
     # --- engine calls, crashes and races ---
 
-    def _call(self, method: Callable[..., T], *arguments: object) -> T:
+    def call(self, method: Callable[..., T], *arguments: object) -> T:
         assert self._replica is not None
         with self._engine():
             return method(self._replica, *arguments)

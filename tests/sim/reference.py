@@ -129,6 +129,8 @@ class ReferenceNode:
     versions: dict[Place, tuple[Version, bool]] = field(default_factory=dict)
     rows: dict[Place, RowState] = field(default_factory=dict)
     dirty: dict[Place, _Dirty] = field(default_factory=dict)
+    # Each time it absorbs, a write may replace what it has absorbed before.
+    absorbs: int = 1
     newest_own_ms: int = 0
     newest_server_ms: int = 0
     floor_ms: int = 0
@@ -138,6 +140,8 @@ class ReferenceNode:
         """The application of this node committed `write`."""
         self.newest_own_ms = max(self.newest_own_ms, write.logged_ms)
         claims = max(write.logged_ms, self.floor_ms)
+        if TABLES[write.place[0]].silent and write.before is None:
+            self.dirty.pop(write.place, None)  # how it went left no trace, now that it is there again
         known = self.dirty.setdefault(write.place, _Dirty(claims))
         known.newest_ms = max(known.newest_ms, claims)
         if write.after is None:
@@ -165,7 +169,11 @@ class ReferenceNode:
             arrived.setdefault(change.place, []).append(change)
         places = {*self.versions, *self.rows, *self.dirty, *arrived, *seen.versions, *seen.rows}
         latest = now_ms + self.tolerance_ms
-        absorbed = [dirty.newest_ms for place, dirty in self.dirty.items() if place not in seen.logged]
+        absorbed = [
+            dirty.newest_ms
+            for place, dirty in self.dirty.items()
+            if place not in seen.logged and not self._unnoticed(place, seen)
+        ]
         for place in sorted(places, key=repr):
             self._follow_row(place, seen, arrived.get(place, []), now_ms, may_clamp)
         self._check_burials(seen, arrived)
@@ -261,7 +269,8 @@ class ReferenceNode:
     def _unnoticed(place: Place, seen: Observed) -> bool:
         """Whether the row was removed and no trigger could tell: then it looks alive until the engine looks."""
         _, deleted = seen.versions.get(place, (UNVERSIONED, False))
-        if place in seen.rows or deleted or not TABLES[place[0]].untraced:
+        table = TABLES[place[0]]
+        if place in seen.rows or deleted or not (table.untraced or table.silent):
             return False
         # It is noticed when the write that removed it is absorbed.
         return any(name == place[0] for name, _ in seen.logged)
@@ -293,7 +302,7 @@ class ReferenceNode:
         low = max(low, before.ts + 1)
         if may_clamp and before.node == self.node:
             low = min(low, self.newest_server_ms)
-        high = max(self.newest_own_ms, self.newest_server_ms + self.tolerance_ms, before.ts + 1)
+        high = max(self.newest_own_ms, self.newest_server_ms + self.tolerance_ms, before.ts + self.absorbs)
         return low, high
 
     def _check_own(self, place: Place, after: Version, bounds: tuple[int, int]) -> None:

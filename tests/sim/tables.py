@@ -64,7 +64,8 @@ class Table:
     statement writes its own serial number, so that a row's content tells which write it came from).
     `pools`: the values that operations write into the remaining columns. `exact`: the outcome can be predicted
     from the application's statements alone (no secondary unique index, no cascade). `untraced`: REPLACE can remove
-    a row and no trigger can tell which (cascades), so that the time is a guess.
+    a row and no trigger can tell which (cascades), so that the time is a guess. `silent`: REPLACE can remove a row
+    through an index that no trigger watches: that shows when the write that removed it is absorbed.
     `full_text_index`: an FTS5 table, not replicated, that the application's triggers keep in step with this one.
     """
 
@@ -80,6 +81,7 @@ class Table:
     needs: tuple[str, ...] = ()
     exact: bool = True
     untraced: bool = False
+    silent: bool = False
     written_directly: bool = True
     full_text_index: str = ""
 
@@ -295,6 +297,7 @@ TABLES: dict[str, Table] = {
             swappable=("email",),
             indexes=(_index("email", where=("active", ("integer", 1))),),
             exact=False,
+            silent=True,
         ),
         Table(
             "expression_unique",
@@ -309,6 +312,7 @@ TABLES: dict[str, Table] = {
             swappable=("email",),
             indexes=(_index("email", folded=True),),
             exact=False,
+            silent=True,
         ),
         Table(
             "parent",

@@ -34,6 +34,7 @@ from tests.sim.history import (
     Sync,
     Wait,
 )
+from tests.sim.regressions import REGRESSIONS
 from tests.sim.soak import smallest
 from tests.sim.tables import TABLES
 from tests.sim.world import HistoryFailed, World, run
@@ -63,6 +64,11 @@ def test_generated_histories_converge(first: int) -> None:
 def test_many_generated_histories_converge(first: int) -> None:
     for seed in range(first, first + 100):
         run_seed(seed)
+
+
+@pytest.mark.parametrize("name", REGRESSIONS)
+def test_histories_that_once_failed_pass(name: str) -> None:
+    run(REGRESSIONS[name])
 
 
 @pytest.mark.parametrize("name", sorted(name for name, table in TABLES.items() if table.written_directly))

@@ -14,11 +14,14 @@ from types import TracebackType
 
 from harmonylite import wire
 from harmonylite.model import Group, ReceivedGroup
-from tests.sim import checks
+from tests.sim import backups, catchup, checks
 from tests.sim.application import Effect
+from tests.sim.backups import SavedNode
+from tests.sim.catchup import Snapshot
 from tests.sim.history import (
     Absence,
     Absorb,
+    Backup,
     Collect,
     Connect,
     Deliver,
@@ -28,16 +31,19 @@ from tests.sim.history import (
     Prune,
     Publish,
     Race,
+    Restore,
     SetClock,
     Start,
     Step,
     Stop,
     Sync,
+    Trim,
     Wait,
     Write,
 )
 from tests.sim.node import Crash, Node
-from tests.sim.reference import RowWrite, Violation
+from tests.sim.observe import Conflict
+from tests.sim.reference import Place, RowWrite, Violation
 
 TOLERANCE_MS = 60_000
 START_MS = 1_700_000_000_000
@@ -52,7 +58,9 @@ class Server:
 
     def __init__(self, shards: int) -> None:
         self.now_ms = START_MS
+        # Everything that was ever stored, and the number of the first message that is still to be had.
         self.streams: list[list[ReceivedGroup]] = [[] for _ in range(shards)]
+        self.firsts = [1] * shards
 
     def store(self, shard: int, group: Group) -> int:
         """Append a group, as it comes out of its encoding. Returns its sequence number."""
@@ -71,6 +79,11 @@ class World:
         self.server = Server(history.shards)
         self.tolerance_ms = TOLERANCE_MS
         self.writes: list[RowWrite] = []
+        self.snapshots: list[Snapshot] = []
+        self.backups: dict[int, SavedNode] = {}
+        self.lost_conflicts: list[Conflict] = []
+        # Rows that were written by who was away so long that their later deletion is forgotten.
+        self.revived: set[Place] = set()
         self.step_number = 0
         self._serial = 0
         memory = Path("/dev/shm")
@@ -136,7 +149,11 @@ class World:
         elif isinstance(step, Write):
             self.nodes[step.node].write(step)
         elif isinstance(step, Absence):
-            self._absence(self.nodes[step.node])
+            self._absence(step)
+        elif isinstance(step, Backup):
+            self.backups[step.node] = backups.save(self.nodes[step.node], self.folder / f"backup-{step.node}.db")
+        elif isinstance(step, Restore):
+            self._restore(self.nodes[step.node])
         elif isinstance(step, SetClock):
             self.nodes[step.node].offset_ms = step.offset_ms
         elif isinstance(step, Interrupt):
@@ -148,7 +165,7 @@ class World:
             self._daemon_step(step)
 
     def _daemon_step(
-        self, step: Absorb | Collect | Publish | Deliver | Sync | Prune | Connect | Disconnect | Stop | Start
+        self, step: Absorb | Collect | Publish | Deliver | Sync | Prune | Trim | Connect | Disconnect | Stop | Start
     ) -> None:
         node = self.nodes[step.node]
         if isinstance(step, Start):
@@ -169,10 +186,21 @@ class World:
             node.connect()
         elif isinstance(step, Prune):
             node.prune()
+        elif isinstance(step, Trim):
+            self.trim(node, step.keep)
         elif isinstance(step, Disconnect):
             node.disconnect()
         else:
             node.stop()
+
+    def trim(self, node: Node, keep: int) -> None:
+        """`node` takes a snapshot, if it may, and the log forgets what is older, but for `keep` messages."""
+        snapshot = catchup.take(node, self.folder / f"snapshot-{len(self.snapshots)}.db")
+        if snapshot is not None:
+            self.snapshots.append(snapshot)
+            for shard, first in enumerate(self.server.firsts):
+                end = len(self.server.streams[shard])
+                self.server.firsts[shard] = max(first, end + 1 - keep)
 
     def _interrupt(self, step: Interrupt) -> None:
         node = self.nodes[step.step.node]
@@ -184,8 +212,9 @@ class World:
             node.bury()
             node.start()
 
-    def _absence(self, absent: Node) -> None:
+    def _absence(self, step: Absence) -> None:
         """Time passes for all but one node."""
+        absent = self.nodes[step.node]
         absent.disconnect()
         others = [node for node in self.nodes if node is not absent and node.running]
         for wait_ms in (0, 2 * (self.history.retention_ms or 0)):
@@ -196,6 +225,20 @@ class World:
                     self._sync(node)
             for node in others:
                 node.prune()
+        if step.trim and len(others) == len(self.nodes) - 1 and catchup.joined(absent):
+            self.trim(others[0], 0)
+
+    def _restore(self, node: Node) -> None:
+        saved = self.backups.get(node.index)
+        if saved is None or not node.running:
+            return
+        for _ in range(MAX_ROUNDS):
+            if not self._sync(node):
+                backups.restore(node, saved)
+                node.start()
+                # Before the application writes again: nobody can tell that a node has not seen its own lost write.
+                self._sync(node)
+                return
 
     def _sync(self, node: Node) -> bool:
         """Whether anything was applied or published."""

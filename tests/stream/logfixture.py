@@ -21,7 +21,8 @@ from nats.aio.client import Client
 from harmonylite import wire
 from harmonylite.model import Delivery, Group, Position, Stamp, TableChanges
 from harmonylite.stream.consumer import Consumer
-from harmonylite.stream.log import LogSettings, api_request, ensure_streams
+from harmonylite.stream.log import LogSettings, api_request
+from harmonylite.stream.provision import ensure_streams
 from tests.stream.support import OLD_SERVER, eventually_does, free_port, nats_server_binary
 
 SETTINGS = LogSettings(node_id=7)

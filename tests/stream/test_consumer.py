@@ -16,11 +16,12 @@ from harmonylite.model import Delivery, Position, ReceivedGroup, Undecodable
 from harmonylite.stream.consumer import Consumer
 from harmonylite.stream.log import (
     LogSettings,
-    ensure_streams,
     stored_time_ns,
     stream_state,
 )
+from harmonylite.stream.provision import ensure_streams
 from harmonylite.stream.publisher import Publisher
+from harmonylite.stream.pull import DEFAULT_MAX_MESSAGES
 from tests.stream.logfixture import (
     SETTINGS,
     START,
@@ -35,6 +36,7 @@ from tests.stream.logfixture import (
     read_numbers,
     single_server,
     store,
+    subject,
     topology,
     whole,
 )
@@ -281,6 +283,33 @@ def test_every_group_arrives_although_few_open_ones_fit_into_memory(tmp_path: Pa
             assert await read_numbers(resumed, 1) == [62]
             await reader.close()
             await resumed.close()
+
+    with single_server(tmp_path / "s") as server:
+        asyncio.run(scenario())
+
+
+def test_what_arrived_is_bounded_however_little_is_read_at_a_time(tmp_path: Path) -> None:
+    """A slow database reads a message at a time: the next ones wait in the stream, not in memory."""
+
+    async def scenario() -> None:
+        async with client(server.url) as connection:
+            await ensure_streams(connection, SETTINGS)
+            for number in range(2_000):
+                await connection.publish(subject(8), whole(number, 8))
+            await connection.flush()
+            reader = Consumer(connection, SETTINGS, STREAM, START)
+            found, most = 0, 0
+            while found < 2_000:
+                delivery = await reader.read(max_messages=3, wait_s=5)
+                found += len(delivery.groups)
+                assert len(delivery.groups) <= 3
+                assert reader.taken[0] == len(delivery.groups)
+                await asyncio.sleep(0)
+                assert reader._session is not None
+                most = max(most, len(reader._session._received))
+            assert found == 2_000
+            assert most <= 1.5 * DEFAULT_MAX_MESSAGES
+            await reader.close()
 
     with single_server(tmp_path / "s") as server:
         asyncio.run(scenario())

@@ -20,8 +20,8 @@ from harmonylite.stream.log import (
     StreamMissing,
     StreamUnavailable,
     api_request,
-    ensure_streams,
 )
+from harmonylite.stream.provision import ensure_streams
 from harmonylite.stream.publisher import Publisher, PublishFailed
 from tests.stream.logfixture import (
     SETTINGS,

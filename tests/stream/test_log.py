@@ -23,13 +23,13 @@ from harmonylite.stream.log import (
     StreamUnavailable,
     api_request,
     compare_lineage,
-    ensure_streams,
     parse_time_ns,
     same_log,
     shard_of,
     stored_time_ns,
     stream_state,
 )
+from harmonylite.stream.provision import ensure_streams
 from tests.stream.logfixture import (
     SETTINGS,
     STREAM,

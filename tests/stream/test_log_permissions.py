@@ -13,11 +13,11 @@ from harmonylite.stream.consumer import Consumer
 from harmonylite.stream.log import (
     StreamMissing,
     StreamUnavailable,
-    ensure_streams,
     same_log,
     stored_time_ns,
     stream_state,
 )
+from harmonylite.stream.provision import ensure_streams
 from harmonylite.stream.publisher import Publisher, PublishFailed
 from harmonylite.stream.registry import NodeEntry, Registry
 from tests.stream.logfixture import (

@@ -13,8 +13,9 @@ from nats.aio.client import Client
 
 from harmonylite import wire
 from harmonylite.stream import publisher as publisher_module
-from harmonylite.stream.log import LogSettings, api_request, ensure_streams, stream_state
-from harmonylite.stream.publisher import MAX_PART_BYTES, Published, Publisher, PublishFailed
+from harmonylite.stream.log import LogSettings, api_request, stream_state
+from harmonylite.stream.provision import ensure_streams
+from harmonylite.stream.publisher import MAX_PART_BYTES, GroupTooLarge, Published, Publisher, PublishFailed
 from tests.stream.logfixture import (
     SETTINGS,
     STREAM,
@@ -274,6 +275,70 @@ def test_a_publish_that_is_cancelled_leaves_the_others_alone(tmp_path: Path) -> 
             assert [type(result) for n, result in enumerate(results) if n not in (0, 3)] == [Published] * 4
             assert [type(results[n]) for n in (0, 3)] == [asyncio.CancelledError] * 2
             await publisher.publish(9, b"x", 0)
+
+    with single_server(tmp_path / "s") as server:
+        asyncio.run(scenario())
+
+
+def test_a_group_that_the_stream_cannot_hold_is_not_sent(tmp_path: Path) -> None:
+    """The server would acknowledge it and keep none of it; one just below the bound is kept as a whole."""
+    bound = 4_000_000
+
+    async def scenario() -> None:
+        async with client(server.url) as connection:
+            (made,) = await ensure_streams(connection, replace(SETTINGS, max_bytes=bound))
+            assert made.max_bytes == bound
+            publisher = Publisher(connection, SETTINGS)
+            for size, number in ((bound, 1), (bound - 300, 2)):  # the second: with what is stored beside it
+                with pytest.raises(GroupTooLarge) as refusal:
+                    await publisher.publish(number, os.urandom(size), 0)
+                assert refusal.value.limit == bound
+                assert refusal.value.size > size
+            assert (await stream_state(connection, SETTINGS, STREAM)).last_seq == 0
+            content = os.urandom(bound - 2_000)
+            kept = await publisher.publish(3, content, 0)
+            assert await joined(connection, kept) == content
+            assert not publisher.stream_seen(await stream_state(connection, SETTINGS, STREAM))
+            (larger,) = await ensure_streams(connection, replace(SETTINGS, max_bytes=2 * bound, owns_store=True))
+            assert publisher.stream_seen(larger)
+            await publisher.publish(4, os.urandom(bound), 0)
+            await publisher.close()
+
+    with single_server(tmp_path / "s") as server:
+        asyncio.run(scenario())
+
+
+def test_one_message_is_measured_by_what_the_publisher_was_told(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with client(server.url) as connection:
+            (made,) = await ensure_streams(connection, replace(SETTINGS, max_bytes=10_000))
+            publisher = Publisher(connection, SETTINGS)
+            publisher.stream_seen(made)
+            await publisher.publish(1, os.urandom(9_000), 0)
+            with pytest.raises(GroupTooLarge, match=r"holds at most 10000"):
+                await publisher.publish(2, os.urandom(10_000), 0)
+            await publisher.close()
+
+    with single_server(tmp_path / "s") as server:
+        asyncio.run(scenario())
+
+
+def test_an_acknowledgement_that_takes_long_is_told_before_it_is_given_up(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with client(server.url) as connection:
+            await ensure_streams(connection, SETTINGS)
+            publisher = Publisher(connection, SETTINGS, timeout_s=0.3)
+            told: list[float] = []
+            await publisher.publish(1, payload(1), 0, on_late=told.append)
+            assert told == []
+            server.freeze()
+            publication = asyncio.create_task(publisher.publish(2, os.urandom(50_000), 0, on_late=told.append))
+            await eventually(lambda: told, what="that it takes long")
+            assert told == [0.3]
+            assert not publication.done()
+            server.thaw()
+            assert (await publication).sequences == (2,)
+            await publisher.close()
 
     with single_server(tmp_path / "s") as server:
         asyncio.run(scenario())

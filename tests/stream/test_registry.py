@@ -12,7 +12,8 @@ import pytest
 from nats.aio.client import Client
 
 from harmonylite.stream import registry as registry_module
-from harmonylite.stream.log import ApiError, StreamMissing, StreamUnavailable, api_request, ensure_streams
+from harmonylite.stream.log import ApiError, StreamMissing, StreamUnavailable, api_request
+from harmonylite.stream.provision import ensure_streams
 from harmonylite.stream.registry import DuplicateNode, NodeEntry, Registry
 from tests.stream.logfixture import SETTINGS, TOPOLOGIES, Place, client, hub_and_leaf, single_server, topology
 from tests.stream.support import eventually_does
@@ -176,6 +177,47 @@ def test_no_bucket_and_no_server(tmp_path: Path) -> None:
             await ensure_streams(connection, SETTINGS)
         with pytest.raises(StreamUnavailable, match="not connected"):
             await registry.announce(ENTRY)
+
+    with single_server(tmp_path / "s") as server:
+        asyncio.run(scenario())
+
+
+def test_a_node_that_signed_off_leaves_its_id_to_whoever_comes(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with client(server.url) as connection:
+            first, second = Registry(connection, SETTINGS, run="one"), Registry(connection, SETTINGS, run="two")
+            await first.ensure_bucket()
+            await first.sign_off(ENTRY)  # never announced: nothing to take back
+            assert await first.nodes() == []
+            await first.announce(ENTRY)
+            await first.sign_off(ENTRY)
+            (left,) = await second.nodes()
+            assert (left.stopped, left.alive, left.instance_id) == (True, False, "abc")
+            await second.announce(replace(ENTRY, instance_id="new"))
+            (there,) = await second.nodes()
+            assert (there.stopped, there.alive, there.instance_id) == (False, True, "new")
+            await first.sign_off(ENTRY)
+            with pytest.raises(DuplicateNode):
+                await first.announce(ENTRY)
+            assert [node.instance_id for node in await second.nodes()] == ["new"]
+
+    with single_server(tmp_path / "s") as server:
+        asyncio.run(scenario())
+
+
+def test_only_the_own_entry_is_signed_off(tmp_path: Path) -> None:
+    """The id was taken over meanwhile, after a silence for instance: that node is not to be signed off."""
+
+    async def scenario() -> None:
+        async with client(server.url) as connection:
+            first, second = Registry(connection, SETTINGS, run="one"), Registry(connection, SETTINGS, run="two")
+            await first.ensure_bucket()
+            await first.announce(ENTRY)
+            await purge(connection)
+            await second.announce(replace(ENTRY, instance_id="new"))
+            await first.sign_off(ENTRY)
+            (there,) = await second.nodes()
+            assert (there.alive, there.instance_id) == (True, "new")
 
     with single_server(tmp_path / "s") as server:
         asyncio.run(scenario())

@@ -65,6 +65,8 @@ def test_hub_has_a_domain_and_syncs_always(tmp_path: Path) -> None:
     assert block(found, "jetstream")["domain"] == "hub"
     assert block(found, "jetstream")["sync_interval"] == "always"
     assert block(found, "leafnodes")["listen"] == "0.0.0.0:17422"
+    # Not no_advertise, which shuts out leaves of 2.9 (Debian 12's, on armhf): see test_server.py.
+    assert block(found, "leafnodes")["advertise"] == "127.0.0.1:1"
     assert block(accepted(plan(tmp_path, leaf_listen=":1", domain="shop"), tmp_path), "jetstream")["domain"] == "shop"
 
 
@@ -74,7 +76,11 @@ def test_leaf_stores_nothing(tmp_path: Path) -> None:
     found = accepted(made, tmp_path)
     assert "jetstream" not in found and "store_dir" not in found
     remotes = block(found, "leafnodes")["remotes"]
-    assert remotes == [{"urls": ["nats://a%20b:p%2F%40%3A@hub:7422", "nats://a%20b:p%2F%40%3A@hub2:7422"]}]
+    urls = ["nats://a%20b:p%2F%40%3A@hub:7422", "nats://a%20b:p%2F%40%3A@hub2:7422"]
+    assert remotes == [{"urls": urls}]
+    newer = accepted(plan(tmp_path, (2, 14, 0), leaf_servers=("hub:7422",)), tmp_path)
+    remotes = block(newer, "leafnodes")["remotes"]
+    assert remotes == [{"urls": ["nats://hub:7422"], "ignore_discovered_servers": "true"}]
     assert plan(tmp_path, leaf_servers=("hub",), domain="shop").domain == "shop"
 
 

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -189,8 +189,8 @@ def test_without_a_command_the_daemon_runs_as_the_go_flags_say(
 ) -> None:
     seen: list[Config] = []
 
-    def daemon_run(config: Config) -> int:
-        seen.append(config)
+    def daemon_run(config: Config, reload: Callable[[], Config]) -> int:
+        seen.extend((config, reload()))  # SIGHUP reads the file with what the command line overrides
         return 1
 
     install(monkeypatch, "daemon", run=daemon_run)
@@ -202,12 +202,13 @@ def test_without_a_command_the_daemon_runs_as_the_go_flags_say(
     )
     assert code == 1
     assert "-pprof is accepted and has no effect" in err
-    (config,) = seen
+    config, again = seen
+    assert config == again
     assert (config.node_id, config.nats.cluster_addr) == (4, "localhost:4221")
     assert config.nats.cluster_peers == ("nats://localhost:4222/", "nats://localhost:4223/")
 
 
-@pytest.mark.parametrize("flag", ["-save-snapshot", "-schema-status", "-schema-status-cluster"])
+@pytest.mark.parametrize("flag", ["-schema-status", "-schema-status-cluster"])
 def test_go_flags_without_a_command_yet_say_so(folder: Path, capsys: pytest.CaptureFixture[str], flag: str) -> None:
     code, out, err = run(capsys, "-config", str(folder / "config.toml"), flag)
     assert (code, out) == (1, "")
@@ -251,7 +252,7 @@ def test_help_ends_with_examples_that_parse(capsys: pytest.CaptureFixture[str], 
 
 
 def test_an_unexpected_error_is_one_line_unless_asked_for(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(config: Config) -> int:
+    def broken(config: Config, reload: object) -> int:
         raise RuntimeError("two\nlines")
 
     install(monkeypatch, "daemon", run=broken)
@@ -264,7 +265,7 @@ def test_an_unexpected_error_is_one_line_unless_asked_for(cli: Any, monkeypatch:
 
 
 def test_ctrl_c_gives_130(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(config: Config) -> int:
+    def interrupted(config: Config, reload: object) -> int:
         raise KeyboardInterrupt
 
     install(monkeypatch, "daemon", run=interrupted)
@@ -414,6 +415,8 @@ MOUNTS = r"""22 1 179:2 / / rw,noatime - ext4 /dev/root rw
 31 22 0:28 / /srv/ro ro,nosuid - ext4 /dev/sda1 ro
 32 22 0:29 / /srv/twice rw - ext4 /dev/sda2 rw
 33 22 0:30 / /srv/twice rw - tmpfs tmpfs rw
+34 22 0:31 / /srv/card rw,noatime - ext4 /dev/mmcblk0p3 ro,errors=remount-ro
+35 22 0:32 / /srv/card6 rw,noatime - ext4 /dev/mmcblk0p4 rw,errors=remount-ro,emergency_ro
 """
 
 
@@ -424,6 +427,8 @@ def test_the_file_system_of_a_folder(tmp_path: Path) -> None:
     assert checks.mount_of(Path("/srv/my share/deep"), table)[0] == "nfs4"
     assert checks.mount_of(Path("/srv/my shares"), table)[0] == "ext4"
     assert "ro" in checks.mount_of(Path("/srv/ro"), table)[1]
+    for card in ("card", "card6"):  # the kernel found errors
+        assert "ro" in checks.mount_of(Path("/srv", card), table)[1]
     assert checks.mount_of(Path("/srv/twice/a"), table)[0] == "tmpfs"
     assert checks.mount_of(Path("/srv"), tmp_path / "nothing") == ("", ())
     assert checks.mount_of(tmp_path)[0]

@@ -154,6 +154,43 @@ def test_a_step_is_not_forgotten_when_nobody_waits_for_its_correction(
     run(test())
 
 
+# -- writes that fail
+
+
+def test_another_write_that_works_does_not_make_the_failing_one_forgotten(tmp_path: Path) -> None:
+    async def test() -> None:
+        full = threading.Event()
+        full.set()
+
+        def large() -> None:
+            if full.is_set():
+                raise apsw.FullError("database or disk is full")
+
+        async with opened(tmp_path) as node:
+            writing = asyncio.create_task(node.engine.write(large))
+            while not node.engine.last_error:
+                await asyncio.sleep(0.01)
+            node.insert(1)
+            assert await node.engine.absorb() == 1
+            assert "disk is full" in (node.engine.last_error or "")
+            writing.cancel()
+            await asyncio.gather(writing, return_exceptions=True)
+            assert "disk is full" in (node.engine.last_error or "")
+            await node.engine.write(lambda: None)  # writes nothing
+            assert "disk is full" in (node.engine.last_error or "")
+            node.insert(2)
+            assert await node.engine.absorb() == 1
+            assert node.engine.last_error is None
+            writing = asyncio.create_task(node.engine.write(large))
+            while not node.engine.last_error:
+                await asyncio.sleep(0.01)
+            full.clear()
+            await writing
+            assert node.engine.last_error is None
+
+    run(test())
+
+
 # -- snapshots
 
 

@@ -232,6 +232,8 @@ def test_silent_and_excess_clients_do_not_keep_others_out(db: Path, monkeypatch:
 
 def test_close_cancels_a_running_command_and_gives_the_name_back(db: Path) -> None:
     async def body(server: ControlServer) -> None:
+        reported: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
         asking = asyncio.create_task(asyncio.to_thread(query, db, {"command": "never"}, 10))
         await until(lambda: server._connections)
         await server.close()
@@ -239,6 +241,7 @@ def test_close_cancels_a_running_command_and_gives_the_name_back(db: Path) -> No
             await asking
         with pytest.raises(ControlUnavailable):
             query(db, {"command": "echo"})
+        assert reported == []
         await server.start()
 
     with_server(db, body)

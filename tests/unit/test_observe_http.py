@@ -200,9 +200,13 @@ def test_close_ends_open_connections_and_frees_the_port() -> None:
             assert port
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(b"GET /hea")
+            reported: list[object] = []
+            asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
             await until(lambda: server._connections)
             await server.close()
             assert server.port is None
+            await asyncio.sleep(0)
+            assert reported == []
             with suppress(ConnectionResetError):
                 assert await asyncio.wait_for(reader.read(), 2) == b""
             writer.close()

@@ -72,6 +72,7 @@ def test_not_judged_is_not_healthy() -> None:
         (replace(WELL, nats_connected=False), "offline"),
         (replace(WELL, catching_up=True), "catching up: 10 messages behind"),
         (replace(WELL, parked_rows=1), "1 row parked"),
+        (replace(WELL, unkeyed_rows=2), "2 rows not replicated: NULL in the primary key"),
         (replace(WELL, lag_seconds=31.0), "replication lags by 31.0 s"),
     ],
 )

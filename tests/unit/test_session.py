@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
 
+from harmonylite import replication
+from harmonylite.catchup import Gap
 from harmonylite.db.database import PositionsLostError
 from harmonylite.engine import Packed
 from harmonylite.model import Delivery, Position, Undecodable
 from harmonylite.observe.metrics import Metrics
-from harmonylite.replication import Mode, Progress, Session, Wakeup
+from harmonylite.pace import AIM_S, Pace
+from harmonylite.progress import Mode, Progress, Wakeup
+from harmonylite.replication import BeginAgain, Session
 from harmonylite.stream.consumer import GapFound
-from harmonylite.stream.log import LogError, LogSettings
-from harmonylite.stream.publisher import Published
+from harmonylite.stream.log import ApiError, LogError, LogSettings, StreamState
+from harmonylite.stream.publisher import GroupTooLarge, Published, PublishFailed
+from harmonylite.stream.pull import PULL_EXPIRES_S
 
 SETTINGS = LogSettings(node_id=1)
 OWN = SETTINGS.own_stream
@@ -34,15 +40,32 @@ class Client:
 class Database:
     """An engine that takes note of what it is asked."""
 
+    at: Position | None = None
+
     def __init__(self) -> None:
         self.metrics = Metrics("h", "l")
         self.events: list[str] = []
         self.applied: list[Delivery] = []
         self.loses_positions = False
+        self.replica = self
+        self.pace = Pace(messages=4, bytes=64_000)
+        self.apply_held_s = 0.0
+
+    def limit_groups(self, group_bytes: int) -> None:
+        self.events.append(f"groups up to {group_bytes}")
 
     async def position(self, stream: str) -> Position | None:
         self.events.append("position")
-        return None
+        return self.at
+
+    async def write(self, job: Callable[[], object]) -> object:
+        return job()
+
+    def start_over(self, position: Position) -> None:
+        self.events.append(f"started over at {position.sequence}")
+
+    async def move_position(self, position: Position) -> None:
+        self.events.append(f"moved {position.sequence}")
 
     async def apply(self, delivery: Delivery) -> None:
         if self.loses_positions:
@@ -62,10 +85,13 @@ class Stream:
         self._reads = deque(reads)
         self.read_through = read_through
         self.checked = False
-        self.waits: list[float | None] = []
+        self.waits: list[float] = []
+        self.asked: list[tuple[int, int]] = []
+        self.taken = (1, 100)
 
-    async def read(self, wait_s: float | None = None) -> Delivery:
+    async def read(self, *, max_messages: int, max_bytes: int, wait_s: float) -> Delivery:
         self.waits.append(wait_s)
+        self.asked.append((max_messages, max_bytes))
         found = self._reads.popleft() if self._reads else LogError("the end")
         if isinstance(found, Exception):
             raise found
@@ -125,7 +151,7 @@ def test_an_empty_stream_is_reached_without_waiting_for_messages() -> None:
         with pytest.raises(LogError, match="the end"):
             await made._follow(cast(Any, stream), OWN, 0)
         assert made._reached[OWN].is_set()
-        assert stream.waits == [0, None]
+        assert stream.waits == [0, PULL_EXPIRES_S]
 
     asyncio.run(main())
 
@@ -188,5 +214,228 @@ def test_a_stream_whose_position_was_lost_is_read_again(monkeypatch: pytest.Monk
             await made._consume(state)
         assert begun == [0, 0]
         assert database.events == ["position", "position", "applied 8"]
+
+    asyncio.run(main())
+
+
+def packed(through: int) -> Packed:
+    return Packed(through, b"x" * 10, 1, 0, through, False, ("item",))
+
+
+async def outcome(made: Session, through: int, result: Published | PublishFailed) -> None:
+    async def publication() -> Published:
+        if isinstance(result, PublishFailed):
+            raise result
+        return result
+
+    made._in_flight.append((packed(through), asyncio.create_task(publication())))
+    await made._settle(wait=True)
+
+
+def test_a_group_that_the_stream_cannot_hold_stays_and_holds_up_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        database = Database()
+        made = session(database, Mode(replicate=False))
+        too_large = GroupTooLarge(2, OWN, 5_000, 1_000)
+        await outcome(made, 1, Published(OWN, (1,), 10))
+        for _ in range(2):
+            await outcome(made, 2, too_large)
+            await outcome(made, 3, Published(OWN, (2,), 10))
+            made._publish_trouble.begin_again()
+        # The third was handed on, but what comes before it is pending.
+        assert database.events == ["published 1"]
+        (text,) = made._progress.refused.values()
+        assert text == f"1 rows of item are not published: together they take 5000 bytes, stream {OWN} holds 1000"
+        await outcome(made, 2, Published(OWN, (3,), 10))
+        await outcome(made, 3, Published(OWN, (4,), 10))
+        assert database.events == ["published 1", "published 2", "published 3"]
+        made._publish_trouble.all_done()
+        assert made._progress.refused == {}
+
+    asyncio.run(main())
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    fields = cast(Any, record).fields
+    assert (fields["tables"], fields["rows"], fields["bytes"], fields["stream_max_bytes"]) == (
+        ["item"],
+        1,
+        5_000,
+        1_000,
+    )
+    assert "max_store" in fields["to_do"]
+
+
+def test_a_stream_that_holds_more_now_gets_what_it_refused() -> None:
+    async def main() -> None:
+        database = Database()
+        made = session(database, Mode(replicate=False))
+        state = StreamState(OWN, "created", 1, 9, 9, 0, None, 0.0, max_bytes=1_000)
+        made._take_note(state)
+        await outcome(made, 2, GroupTooLarge(2, OWN, 5_000, 1_000))
+        made._take_note(state)
+        assert not made._begin_again
+        made._take_note(replace(state, max_bytes=9_000))
+        assert made._begin_again
+        assert await made._wakeup.wait(0)
+        assert database.events == ["groups up to 500", "groups up to 500", "groups up to 4500"]
+
+    asyncio.run(main())
+
+
+def test_the_status_says_that_publishing_is_refused_until_that_very_group_is_stored() -> None:
+    async def main() -> None:
+        made = session(Database(), Mode(replicate=False))
+        refusal = PublishFailed("group 2 was not acknowledged: insufficient storage")
+        refusal.__cause__ = ApiError("a message", 503, 10023, "insufficient storage")
+        with pytest.raises(PublishFailed):
+            await outcome(made, 2, refusal)
+        said = "publishing is refused: group 2 was not acknowledged: insufficient storage"
+        assert made._progress.error == said
+        await outcome(made, 1, Published(OWN, (1,), 10))
+        assert made._progress.error == said
+        await outcome(made, 2, Published(OWN, (2,), 10))
+        assert made._progress.error is None
+        made._publish_trouble.late(packed(3), 10)
+        assert "not acknowledged for 10 s" in (made._progress.error or "")
+        await outcome(made, 3, Published(OWN, (3,), 10))
+        assert made._progress.error is None
+
+    asyncio.run(main())
+
+
+def test_what_is_read_at_a_time_follows_how_long_the_lock_was_held() -> None:
+    async def main() -> None:
+        database = Database()
+        made, stream = session(database), Stream([at(1), at(2), at(3)])
+        stream.taken = (4, 64_000)
+        database.apply_held_s = 4 * AIM_S
+        with pytest.raises(LogError):
+            await made._follow(cast(Any, stream), OWN, 0)
+        assert stream.asked[:3] == [(4, 64_000), (1, 16_000), (1, 16_000)]
+
+    asyncio.run(main())
+
+
+# -- gaps
+
+
+def state(first: int, last: int) -> StreamState:
+    return StreamState(OWN, "created", first, last, last - first + 1, 0, None, 0.0)
+
+
+@pytest.fixture
+def stream_is(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """What the server says of the own stream."""
+
+    def say(first: int, last: int) -> None:
+        async def answer(*_: object) -> StreamState:
+            return state(first, last)
+
+        monkeypatch.setattr(replication, "stream_state", answer)
+
+    return say
+
+
+class Bridges:
+    """Takes note of the gaps it is asked to bridge, and leaves the database at `position`."""
+
+    def __init__(self, database: Database, position: int) -> None:
+        self._database = database
+        self._position = position
+        self.gaps: list[Gap] = []
+
+    async def __call__(self, gap: Gap) -> bool:
+        self.gaps.append(gap)
+        self._database.at = Position(OWN, "created", self._position)
+        return gap.lost
+
+
+def gap_session(database: Database, bridge: Bridges) -> Session:
+    made = Session(
+        *(cast(Any, database), cast(Any, Client()), SETTINGS, Mode(), Wakeup(), Progress()),
+        tolerance_ms=60_000,
+        bridge=bridge,
+    )
+    made._reached = {OWN: asyncio.Event()}
+    return made
+
+
+@pytest.mark.parametrize(
+    ("found", "needed"),
+    [
+        (GapFound(OWN, 11, 50, "messages 11 to 49 were discarded"), 49),
+        (GapFound(OWN, 11, 13, "message 13 came"), 12),
+        (GapFound(OWN, 11, None, "messages up to 90 are missing"), 90),
+        (GapFound(OWN, 11, None, "the stream ends at 5", lost=True), 0),
+    ],
+)
+def test_what_a_gap_needs(stream_is: Callable[[int, int], None], found: GapFound, needed: int) -> None:
+    async def main() -> None:
+        stream_is(50, 90)
+        database = Database()
+        database.at = Position(OWN, "created", 10)
+        bridge = Bridges(database, 60)
+        made = gap_session(database, bridge)
+        position = await made._bridge(found)
+        assert position.sequence == 60
+        assert bridge.gaps == [Gap(OWN, found.reason, found.lost, needed)]
+        assert made._hesitates == found.lost
+        assert made._progress.gap is None
+
+    asyncio.run(main())
+
+
+def test_without_snapshots_everything_is_published_again_and_the_hole_is_told(
+    stream_is: Callable[[int, int], None],
+) -> None:
+    async def main() -> None:
+        stream_is(50, 90)
+        database = Database()
+        database.at = Position(OWN, "created", 10)
+        made = session(database)
+        position = await made._bridge(GapFound(OWN, 11, 50, "messages 11 to 49 were discarded"))
+        assert position.sequence == 49
+        assert database.events[-1] == "started over at 49"
+        assert made._progress.hole is not None
+        assert "11 to 49" in made._progress.hole
+
+    asyncio.run(main())
+
+
+def test_a_gap_while_publishing_ends_the_session_first(stream_is: Callable[[int, int], None]) -> None:
+    """Nothing may be published from a state that is not complete."""
+
+    async def main() -> None:
+        stream_is(50, 90)
+        database = Database()
+        bridge = Bridges(database, 60)
+        made = gap_session(database, bridge)
+        made._reached[OWN].set()
+        with pytest.raises(BeginAgain):
+            await made._bridge(GapFound(OWN, 11, 50, "messages 11 to 49 were discarded"))
+        assert bridge.gaps == []
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("others", "stored", "is_gap"), [([], 10, False), ([20], 10, True), ([], 8, True)], ids=["own", "one", "open group"]
+)
+def test_own_messages_that_were_discarded_unread_are_no_gap(
+    stream_is: Callable[[int, int], None], others: list[int], stored: int, is_gap: bool
+) -> None:
+    """What was in them came from this database. Not if a message of somebody else was among them, nor while a group is
+    open, which the position waits for."""
+
+    async def main() -> None:
+        stream_is(50, 90)
+        database = Database()
+        database.at = Position(OWN, "created", stored)
+        bridge = Bridges(database, 60)
+        made = gap_session(database, bridge)
+        made._publisher._remember(7, [sequence for sequence in range(11, 50) if sequence not in others])
+        position = await made._bridge(GapFound(OWN, 11, 50, "messages 11 to 49 were discarded"))
+        assert bool(bridge.gaps) == is_gap
+        assert position.sequence == (60 if is_gap else 49)
+        assert database.events[-1:] == (["position"] if is_gap else ["moved 49"])
 
     asyncio.run(main())

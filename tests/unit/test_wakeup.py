@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from harmonylite.replication import Wakeup
+from harmonylite.progress import Wakeup
 
 
 @pytest.mark.parametrize("turns", range(4))

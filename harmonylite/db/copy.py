@@ -1,0 +1,234 @@
+"""Whole copies of a database: a snapshot taken while the application writes, and what becomes of one elsewhere.
+
+A copy keeps versions, pending marks and parked rows, so that nodes that merge it can take all of them over
+(DESIGN 7). The view that is copied is one in which every change log is empty: no row in it is newer than its
+version. It is made with the backup API from a pinned reader: VACUUM INTO cannot run inside a transaction, and fails
+on collations that only the application has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import apsw
+
+from harmonylite.db import capture, conflicts, install, sql, tables, versions
+from harmonylite.model import Position
+
+log = logging.getLogger(__name__)
+
+# Told how many bytes are done, of how many.
+Report = Callable[[int, int], None]
+
+# Pages copied between two looks at `cancelled`: 2 MB of a usual database.
+STEP_PAGES = 512
+
+
+@dataclass(frozen=True, slots=True)
+class CopyInfo:
+    """What a finished copy holds, read from inside the very view that was copied.
+
+    positions: how far each stream was applied; fingerprint: of the replicated tables; tombstones_since_ms,
+    synced_at_ms: see `tables.State`; pending, parked: rows that wait in it; size: the file's bytes.
+    """
+
+    positions: tuple[Position, ...]
+    fingerprint: str
+    tombstones_since_ms: int
+    synced_at_ms: int
+    pending: int
+    parked: int
+    size: int
+
+
+class CopyCancelledError(Exception):
+    """The copy was given up because its caller said so; nothing of it is left."""
+
+
+class DamagedCopyError(Exception):
+    """The file is no intact SQLite database, or not a copy made by `Copy`."""
+
+
+class Copy:
+    """One copy being made; from `Replica.start_copy`, on a connection of its own.
+
+    It holds a read transaction from the start: the application goes on writing, but the write-ahead log cannot be
+    reset until `run` has ended or `close` was called.
+    """
+
+    def __init__(self, source: Path, target: Path) -> None:
+        """Opens the source; nothing is pinned and no file is made yet. An older file at `target` is removed."""
+        remove_database(target)
+        self._target = target
+        self._source = sql.open_reader(source)
+        self._known: CopyInfo | None = None
+
+    def pin(self, fingerprint: str, pending: int) -> None:
+        """Fix what is copied: the database as it is now. Called by the writer while nobody can commit."""
+        self._source.execute("BEGIN")
+        state = tables.load_state(self._source)
+        self._known = CopyInfo(
+            positions=tables.load_positions(self._source),
+            fingerprint=fingerprint,
+            tombstones_since_ms=state.tombstones_since_ms,
+            synced_at_ms=state.synced_at_ms,
+            pending=pending,
+            parked=sql.integer(self._source, conflicts.COUNT_WAITING),
+            size=0,
+        )
+
+    def run(
+        self, progress: Report = lambda done, total: None, cancelled: Callable[[], bool] = lambda: False
+    ) -> CopyInfo:
+        """Any one thread. Write the copy; takes no lock that the application could feel.
+
+        Afterwards the file is on the disk to stay, and everything is closed. On any failure the file is gone.
+        Raises CopyCancelledError, apsw.FullError (disk full), apsw.IOError, apsw.CantOpenError.
+        """
+        assert self._known is not None, "pin() first"
+        try:
+            self._write(progress, cancelled)
+            self.close()
+            _settle(self._target)
+        except BaseException:
+            self.close()
+            remove_database(self._target)
+            raise
+        known = self._known
+        return CopyInfo(
+            known.positions,
+            known.fingerprint,
+            known.tombstones_since_ms,
+            known.synced_at_ms,
+            known.pending,
+            known.parked,
+            self._target.stat().st_size,
+        )
+
+    def _write(self, progress: Report, cancelled: Callable[[], bool]) -> None:
+        page_bytes = sql.integer(self._source, "PRAGMA page_size")
+        with contextlib.closing(apsw.Connection(str(self._target))) as target:
+            # A torn copy is thrown away, whatever tore it: it needs no journal.
+            target.execute("PRAGMA journal_mode=OFF")
+            target.execute("PRAGMA synchronous=OFF")
+            backup = target.backup("main", self._source, "main")
+            try:
+                done = False
+                while not done:
+                    if cancelled():
+                        raise CopyCancelledError("the copy was given up")
+                    done = backup.step(STEP_PAGES)
+                    progress((backup.pagecount - backup.remaining) * page_bytes, backup.pagecount * page_bytes)
+            finally:
+                backup.close(True)
+
+    def close(self) -> None:
+        """Let go of the view and the connection. Twice is fine."""
+        self._source.close(True)
+
+
+def clean_copy(path: Path) -> None:
+    """Take all of ours out of a copy: a plain database for any application (`snapshot restore --to`).
+
+    It is left in rollback-journal mode, a single file. Raises DamagedCopyError.
+    """
+    with _opened(path) as connection, sql.write_transaction(connection):
+        install.uninstall(connection, everything=True)
+        # Tables that lost their entry, whatever the reason.
+        for name in capture.installed(connection).tables:
+            connection.execute(f"DROP TABLE IF EXISTS {sql.quote(name)}")
+        # No VACUUM: it numbers the rows of tables without an INTEGER PRIMARY KEY anew, to which FTS5 may refer.
+    _check(path)
+    _settle(path)
+
+
+def adopt_copy(path: Path, node_id: int, *, latest_ms: int = versions.UNBOUNDED_MS) -> None:
+    """Make a copy the first database of a new node: its own node id and instance id; versions, pending marks, parked
+    rows, positions and the conflict log stay. Raises DamagedCopyError.
+
+    What waits in it to be published was written elsewhere, and keeps its versions, which the stream has not bounded
+    yet: none may claim a time after `latest_ms`, when the copy was made plus the tolerance (DESIGN 8).
+    """
+    with _opened(path) as connection, sql.write_transaction(connection):
+        tables.set_meta(connection, "node_id", node_id)
+        tables.set_meta(connection, "instance_id", secrets.token_hex(16))
+        tables.set_meta(connection, "boot_id", "")
+        # Times that another node has seen on its own clock are no floor for this one's (DESIGN 4).
+        tables.set_meta(connection, "floor_ms", 0)
+        published = tables.load_state(connection).published_batch
+        for (name,) in sql.rows(connection, f"SELECT name FROM {tables.TABLE}"):
+            connection.execute(
+                f"UPDATE {sql.version_table(name)} SET ts = max(?1, base_ts + 1) WHERE batch > ?2"
+                " AND ts > max(?1, base_ts + 1)",
+                (latest_ms, published),
+            )
+    _check(path)
+    _settle(path)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[apsw.Connection]:
+    connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
+    try:
+        if tables.META.strip('"') not in capture.installed(connection).tables:
+            raise DamagedCopyError(f"{path}: not a copy of a replicated database")
+        yield connection
+    except (apsw.NotADBError, apsw.CorruptError) as error:
+        raise DamagedCopyError(f"{path}: {error}") from error
+    finally:
+        connection.close(True)
+
+
+def _check(path: Path) -> None:
+    connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+    try:
+        found = _integrity(connection)
+    except (apsw.NotADBError, apsw.CorruptError) as error:
+        raise DamagedCopyError(f"{path}: {error}") from error
+    finally:
+        connection.close(True)
+    if found:
+        raise DamagedCopyError(f"{path}: {found}")
+
+
+def _integrity(connection: apsw.Connection) -> str | None:
+    """What is damaged, if anything."""
+    with contextlib.suppress(apsw.SQLError):
+        return _complaint(connection, "1")
+    # Something uses a collation or a function that only the application has: all the others can be looked at.
+    for (name,) in sql.rows(connection, "SELECT name FROM sqlite_schema WHERE type = 'table'"):
+        with contextlib.suppress(apsw.SQLError):
+            if complaint := _complaint(connection, sql.quote(name)):
+                return complaint
+    return None
+
+
+def _complaint(connection: apsw.Connection, what: str) -> str | None:
+    found = str(sql.scalar(connection, f"PRAGMA integrity_check({what})"))
+    return None if found == "ok" else found
+
+
+def _settle(path: Path) -> None:
+    """A single file, on the disk to stay."""
+    connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
+    try:
+        connection.execute("PRAGMA journal_mode=DELETE")
+    finally:
+        connection.close(True)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_database(path: Path) -> None:
+    """A database file and what SQLite keeps beside it."""
+    for suffix in ("", "-journal", "-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)

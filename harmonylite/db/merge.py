@@ -1,0 +1,393 @@
+"""Merges a snapshot into the live database, row by row by version, the application running (DESIGN 7).
+
+Reading and writing alternate: `find` compares a piece of the snapshot with the database on a connection of its own
+and takes no lock; `write` lets what was found take effect in one short write transaction, in which everything is
+judged again by version, because the application may have written in between. Nothing depends on how far an earlier
+merge came: killed anywhere, it is simply run again.
+
+First goes what the cluster has deleted and forgotten, so that no row of the snapshot can lose a unique clash to it.
+Then comes what the snapshot has newer. At last rows that the cluster lacks are marked, to be published at the versions
+they have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import apsw
+
+from harmonylite.db import capture, difference, reconcile, schema, sql, tables, versions
+from harmonylite.db.conflicts import Parked, load_parked
+from harmonylite.db.copy import DamagedCopyError
+from harmonylite.db.difference import DELETE, MARK, TAKE, WINDOW_ROWS, Found, Scan
+from harmonylite.db.resolve import Context
+from harmonylite.db.rows import identity, unpack_key
+from harmonylite.db.schema import Schema, Table
+from harmonylite.db.sparse import entries, tables_with_entries
+from harmonylite.db.versions import NO_CORRECTION, Correction
+from harmonylite.model import Position, Row
+
+if TYPE_CHECKING:
+    from harmonylite.db.replica import Replica
+
+log = logging.getLogger(__name__)
+
+# A write transaction should hold the lock about so long; the application waits for it.
+AIM_S = 0.02
+FIRST_ROWS, LEAST_ROWS, MOST_ROWS = 100, 10, 4_000
+
+# Rows that share unique values are written together, so many at least.
+LEAST_CHAIN = 30
+
+# And holds no more bytes than this, or one row.
+MAX_BYTES = 1 << 20
+
+_PHASES = {TAKE: "comparing", DELETE: "deleting", MARK: "reconciling"}
+
+
+@dataclass(frozen=True, slots=True)
+class MergeProgress:
+    """phase: "comparing", "deleting" or "reconciling"; table: the one that is looked at; done, total: rows looked at
+    in all phases, of about how many."""
+
+    phase: str
+    table: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """written: rows and tombstones taken from the snapshot; deleted: rows that the cluster has deleted so long ago that
+    it has forgotten it; marked: rows to be published again, at the versions they have; longest_s: the longest write
+    transaction."""
+
+    written: int = 0
+    deleted: int = 0
+    marked: int = 0
+    conflicts: int = 0
+    parked: int = 0
+    longest_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one write transaction is to do; opaque to the caller. empty: nothing, `write` need not be called."""
+
+    scan: Scan | None = None
+    found: Sequence[Found] = ()
+    parked: Sequence[Parked] = ()
+    follow_schema: bool = False
+
+    @property
+    def empty(self) -> bool:
+        return not (self.found or self.parked or self.follow_schema)
+
+
+class Merger:
+    """One snapshot, one database.
+
+    merger.open()
+    while (work := merger.find()) is not None:
+        if not work.empty:
+            merger.write(work)
+    report = merger.finish()
+    merger.close()
+    """
+
+    def __init__(
+        self,
+        replica: Replica,
+        snapshot: Path,
+        positions: Sequence[Position],
+        tombstones_since_ms: int,
+        *,
+        created_ms: int | None = None,
+    ) -> None:
+        """positions, tombstones_since_ms, created_ms (server time): the manifest's. The snapshot's file is only read.
+
+        created_ms bounds what the snapshot's node had not published, as the stream would have (DESIGN 8).
+        """
+        self._latest_ms = versions.UNBOUNDED_MS if created_ms is None else created_ms + replica.tolerance_ms
+        self._replica = replica
+        self._path = snapshot
+        self._positions = positions
+        self._since_ms = tombstones_since_ms
+        self._report = MergeReport()
+        self._rows = FIRST_ROWS
+        self._connection: apsw.Connection | None = None
+        self._work: Iterator[Work] = iter(())
+        self._progress = MergeProgress(_PHASES[TAKE], "", 0, 0)
+
+    def open(self) -> None:
+        """Writer. Opens the connections that `find` uses. Raises DamagedCopyError."""
+        with _reading(self._path):
+            snapshot = apsw.Connection(_immutable(self._path), flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI)
+            try:
+                if tables.META.strip('"') not in capture.installed(snapshot).tables:
+                    raise DamagedCopyError(f"{self._path}: not a copy of a replicated database")
+                self._their_schema = schema.load(snapshot)
+                self._their_tables = capture.installed(snapshot).tables
+                self._their_state = tables.load_state(snapshot)
+                self._their_sparse = tables_with_entries(snapshot)
+            finally:
+                snapshot.close(True)
+            self._connection = sql.open_beside(self._replica.path, "snap", _immutable(self._path))
+        self._plan()
+
+    def close(self) -> None:
+        """Any thread. Twice is fine; the snapshot's file stays."""
+        self._work = iter(())
+        if self._connection is not None:
+            self._connection.close(True)
+
+    @property
+    def progress(self) -> MergeProgress:
+        """Any thread."""
+        return self._progress
+
+    # -- what is to be done
+
+    def _plan(self) -> None:
+        """Writer. From the beginning, for the schema as it is here now; what is merged already is found equal."""
+        replica = self._replica
+        self._schema = replica.schema
+        known = replica.synced_at_ms(self._positions)
+        self._first_join = known == 0
+        self._in_window = known >= self._since_ms
+        self._work = self._all_work(self._schema)
+
+    def _scans(self, mine: Schema) -> Iterator[Scan]:
+        """In the order in which they must run."""
+        pairs: list[tuple[Table, Table]] = []
+        takes: list[Scan] = []
+        for theirs in self._their_schema.tables.values():
+            if sql.normal(sql.version_table(theirs.name)).strip('"') not in self._their_tables:
+                continue  # the snapshot's node does not replicate it: its copy says nothing about the cluster's
+            here = mine.table(theirs.name)
+            if here is not None and difference.comparable(theirs, here):
+                pairs.append((theirs, here))
+                takes += difference.taking(theirs, here)
+            elif self._replica.wants(theirs.name):
+                takes += difference.taking(theirs, None)
+        for theirs, here in pairs:
+            versioned, unversioned = difference.deleting(here, theirs)
+            if not self._in_window:
+                yield versioned
+                if not self._first_join:
+                    yield unversioned
+        yield from takes
+        for theirs, here in pairs if self._replica.publishes else ():
+            yield from difference.marking(here, theirs)
+
+    def _all_work(self, mine: Schema) -> Iterator[Work]:
+        connection = self._connection
+        assert connection is not None, "open() first"
+        scans = [scan.on(connection) for scan in self._scans(mine)]
+        sizes: list[int] = []
+        for scan in scans:
+            sizes.append(scan.size(connection))
+            yield Work()
+        done, total = 0, sum(sizes)
+        for index, scan in enumerate(scans):
+            if scan.kind != TAKE and index and scans[index - 1].kind == TAKE:
+                yield from self._parked_work(connection)
+            before = done
+            for seen, work in self._scan_work(connection, scan):
+                done += seen
+                reached = min(done, before + sizes[index])
+                self._progress = MergeProgress(_PHASES[scan.kind], scan.table.name, reached, total)
+                yield work
+            done = before + sizes[index]
+        if not scans or scans[-1].kind == TAKE:
+            yield from self._parked_work(connection)
+
+    def _scan_work(self, connection: apsw.Connection, scan: Scan) -> Iterator[tuple[int, Work]]:
+        """(rows looked at, what to do about them)"""
+        last: Row | None = None
+        while True:
+            end, seen = scan.end_of_piece(connection, last, WINDOW_ROWS)
+            published = self._their_state.published_batch if scan.kind == TAKE else self._replica.published()
+            complete = False
+            while not complete:
+                found, complete = scan.find(connection, last, end, published, self._rows, MAX_BYTES)
+                if not complete:
+                    last = found[-1].key
+                if scan.kind == TAKE and found:
+                    found = self._completed(connection, scan, found)
+                yield (seen if complete else 0), Work(scan, found)
+            if end is None:
+                break
+            last = end
+        if scan.kind == TAKE and scan.versioned and scan.table.name in self._their_sparse:
+            yield from self._sparse_work(connection, scan)
+
+    def _completed(self, connection: apsw.Connection, scan: Scan, found: Sequence[Found]) -> list[Found]:
+        """With what must take effect in the same transaction: the snapshot's state of rows that hold a unique value of
+        one of these here, and not there. Else a value that wandered would look like a clash, and a good row die."""
+        complete = list(found)
+        mine = self._schema.table(scan.table.name)
+        if mine is not None and mine.uniques and difference.comparable(scan.table, mine):
+            rivals = difference.Rivals(connection, scan.table, mine)
+            keys = {identity(mine, each.key) for each in complete}
+            todo = [each.key for each in complete if each.values is not None]
+            # A long chain is cut: what is left of it is settled as clashes, one piece after the other.
+            most = len(found) + max(self._rows, LEAST_CHAIN)
+            while todo and len(complete) < most:
+                for key in rivals.of(todo.pop()):
+                    if identity(mine, key) in keys:
+                        continue
+                    keys.add(identity(mine, key))
+                    if (rival := self._lookup(connection, scan.table, mine, key)) is not None:
+                        complete.append(rival)
+                        if rival.values is not None:
+                            todo.append(rival.key)
+        return [self._with_older_columns(connection, scan, self._bounded(each)) for each in complete]
+
+    def _bounded(self, found: Found) -> Found:
+        """What went through the stream was bounded there."""
+        ts, _, _, base_ts, _ = found.stamp
+        if not found.pending or ts <= self._latest_ms:
+            return found
+        return found._replace(stamp=found.stamp._replace(ts=min(ts, max(self._latest_ms, base_ts + 1))))
+
+    def _lookup(self, connection: apsw.Connection, theirs: Table, mine: Table, key: Row) -> Found | None:
+        published = self._their_state.published_batch
+        for scan in difference.taking(theirs, mine):
+            if (found := scan.lookup(connection, key, published)) is not None:
+                return found
+        return None
+
+    def _with_older_columns(self, connection: apsw.Connection, scan: Scan, found: Found) -> Found:
+        if scan.table.name not in self._their_sparse or found.values is None:
+            return found
+        key = identity(scan.table, found.key)
+        return found._replace(older=entries(connection, scan.table.name, key, table=f"snap.{tables.SPARSE}"))
+
+    def _sparse_work(self, connection: apsw.Connection, scan: Scan) -> Iterator[tuple[int, Work]]:
+        """Rows whose version is the same on both sides may still have columns that are newer there."""
+        everything = difference.taking(scan.table, None)[0]
+        last = b""
+        while keys := sql.rows(
+            connection,
+            f"SELECT DISTINCT key FROM snap.{tables.SPARSE} WHERE tbl = ? AND key > ? ORDER BY key LIMIT ?",
+            (scan.table.name, last, self._rows),
+        ):
+            last = keys[-1][0]
+            found = [
+                self._with_older_columns(connection, scan, each)
+                for (key,) in keys
+                if (each := everything.lookup(connection, unpack_key(key), self._their_state.published_batch))
+            ]
+            yield 0, Work(scan, [each._replace(pending=False) for each in found])
+
+    def _parked_work(self, connection: apsw.Connection) -> Iterator[Work]:
+        """What waits at the snapshot's node for its schema may fit here; if not, it waits here too."""
+        last = ("", b"")
+        while chunk := load_parked(
+            connection, "WHERE (tbl, id) > (?, ?) ORDER BY tbl, id LIMIT 100", last, table=f"snap.{tables.PARKED}"
+        ):
+            last = (chunk[-1].table, chunk[-1].id)
+            yield Work(parked=chunk)
+
+    def find(self) -> Work | None:
+        """Any one thread, one call at a time, never while `write` runs: look at the next piece, for up to about a
+        second. None: everything was looked at and `finish` is due. Raises DamagedCopyError if the snapshot turns out
+        to be unreadable; nothing was lost by what was merged already."""
+        assert self._connection is not None, "open() first"
+        if (
+            self._replica.known_schema is not self._schema
+            or schema.schema_cookie(self._connection) != self._schema.cookie
+        ):
+            return Work(follow_schema=True)
+        with _reading(self._path):
+            try:
+                return next(self._work, None)
+            except apsw.SQLError:
+                if schema.schema_cookie(self._connection) == self._schema.cookie:
+                    raise
+                return Work(follow_schema=True)
+
+    # -- doing it
+
+    def write(self, work: Work, bound_ms: int | None = None, correction: Correction = NO_CORRECTION) -> None:
+        """Writer. One short write transaction (more only while a long change log is absorbed first); bound_ms and
+        correction as in Replica.apply. Raises apsw.BusyError, apsw.FullError, apsw.IOError with nothing changed:
+        call it again with the same work."""
+        done = 0
+        started = 0.0
+
+        def job(context: Context) -> None:
+            nonlocal done, started
+            started = time.perf_counter()
+            if self._replica.schema is self._schema:
+                done = self._do(work, context)
+
+        context = self._replica.judge(job, bound_ms, correction)
+        took = time.perf_counter() - started
+        kind = work.scan.kind if work.scan is not None else TAKE
+        report = self._report
+        self._report = MergeReport(
+            written=report.written + (context.applied if kind == TAKE else 0),
+            deleted=report.deleted + (done if kind == DELETE else 0),
+            marked=report.marked + (0 if kind == DELETE else done),
+            conflicts=report.conflicts + context.recorder.conflicts,
+            parked=report.parked + context.recorder.parked,
+            longest_s=max(report.longest_s, took),
+        )
+        if len(work.found) * 2 > self._rows or took > AIM_S:
+            factor = min(2.0, max(0.25, AIM_S / max(took, 1e-6)))
+            self._rows = max(LEAST_ROWS, min(MOST_ROWS, int(len(work.found) * factor)))
+        if self._replica.schema is not self._schema:
+            self._plan()
+
+    def _do(self, work: Work, context: Context) -> int:
+        """Rows marked or deleted."""
+        if work.parked:
+            reconcile.take_parked(self._replica, context, work.parked)
+        if work.scan is None:
+            return 0
+        table = self._schema.table(work.scan.table.name)
+        if work.scan.kind == TAKE:
+            return reconcile.take(self._replica, context, work.scan, table, work.found)
+        assert table is not None
+        step = reconcile.delete if work.scan.kind == DELETE else reconcile.mark
+        return step(self._replica, context, table, work.found)
+
+    def finish(self, bound_ms: int | None = None, correction: Correction = NO_CORRECTION) -> MergeReport:
+        """Writer. One transaction: positions (the larger of both per stream, the snapshot's where the lineage
+        differs), `tombstones_since_ms` and `synced_at_ms` become those of the merged whole. Raises as `write`."""
+
+        def job(_: Context) -> None:
+            self._replica.arrive(
+                self._positions,
+                synced_at_ms=self._their_state.synced_at_ms,
+                tombstones_since_ms=self._since_ms,
+            )
+
+        self._replica.judge(job, bound_ms, correction)
+        report = self._report
+        log.info(
+            "snapshot merged",
+            extra={"fields": {"written": report.written, "deleted": report.deleted, "marked": report.marked}},
+        )
+        return report
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (apsw.NotADBError, apsw.CorruptError) as error:
+        raise DamagedCopyError(f"{path}: {error}") from error
+
+
+def _immutable(path: Path) -> str:
+    """The file as nobody else changes it: no locks, and nothing is made beside it."""
+    return f"{path.resolve().as_uri()}?immutable=1"

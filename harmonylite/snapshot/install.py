@@ -1,0 +1,100 @@
+"""The first database of a new node: a snapshot, put where the application expects its file."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from pathlib import Path
+
+from harmonylite.catchup import fetch
+from harmonylite.db.copy import DamagedCopyError, adopt_copy
+from harmonylite.db.unversioned import set_copy_joined
+from harmonylite.observe.log import Repeated
+from harmonylite.snapshot.link import Link
+from harmonylite.snapshot.state import SnapshotState
+from harmonylite.snapshot.stores.base import CorruptSnapshot, SnapshotMissing, StoreError
+from harmonylite.snapshot.workfiles import NoRoom, WorkFiles, remove
+from harmonylite.stream.log import LogError
+from harmonylite.wiring import TOLERANCE_MS
+
+log = logging.getLogger(__name__)
+
+# So long an application that starts at the same time may take to make its database itself.
+GRACE_S = 2.0
+LOOK_S, TROUBLE_S = 3.0, 10.0
+
+# The group may write, as the application usually is another user (the folder's group is its own).
+FILE_MODE = 0o660
+
+
+class Installer:
+    """Waits for the database's file, or for a snapshot to make it of."""
+
+    def __init__(self, db_path: Path, node_id: int, files: WorkFiles, state: SnapshotState) -> None:
+        self._db_path = db_path
+        self._node_id = node_id
+        self._files = files
+        self._state = state
+        self._trouble = Repeated(log, 600.0)
+
+    async def run(self, link: Link) -> None:
+        """Returns when there is a file, whoever made it."""
+        await asyncio.sleep(GRACE_S)
+        try:
+            while not self._db_path.exists():
+                try:
+                    pause = await self._try(link)
+                except (StoreError, LogError, NoRoom, OSError) as error:
+                    self._state.catching_up = f"no database, no snapshot: {error}"
+                    self._trouble.warning("a first database cannot be fetched", {"reason": str(error)})
+                    pause = TROUBLE_S
+                if pause:
+                    await asyncio.sleep(pause)
+        finally:
+            self._state.caught_up()
+
+    async def _try(self, link: Link) -> float:
+        """One round; how long to wait before the next one, seconds."""
+        states = await link.states()
+        manifests = await link.store.list()
+        self._state.newest = manifests[0] if manifests else None
+        for manifest in manifests:
+            if manifest.id in self._state.refused or await link.why_unusable(manifest, states) is not None:
+                continue
+            try:
+                path = await fetch(link, self._files, self._state, manifest)
+                await asyncio.to_thread(self._install, path, manifest.created_ms + TOLERANCE_MS)
+            except (CorruptSnapshot, SnapshotMissing, DamagedCopyError) as error:
+                self._state.refused.add(manifest.id)
+                self._files.forget(manifest.id)
+                fields = {"id": manifest.id, "reason": str(error)}
+                log.error("a snapshot is damaged or gone; another one is used", extra={"fields": fields})
+            return 0.0
+        await link.lease.ensure_bucket()
+        await link.lease.wanted("a new node without a database", manifests[0].id if manifests else "")
+        self._state.catching_up = "there is no database yet: waiting for the application to make it, or for a snapshot"
+        return LOOK_S
+
+    def _install(self, path: Path, latest_ms: int) -> None:
+        """Never in the place of a file that the application made meanwhile. latest_ms: see `adopt_copy`."""
+        mine = self._files.adopted
+        remove(mine)
+        path.rename(mine)
+        try:
+            adopt_copy(mine, self._node_id, latest_ms=latest_ms)
+            set_copy_joined(mine)
+            mine.chmod(FILE_MODE)
+            try:
+                os.link(mine, self._db_path)
+            except FileExistsError:
+                log.info("the application has made its database itself; the snapshot is merged if need be")
+                return
+        finally:
+            remove(mine)
+        descriptor = os.open(self._db_path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        log.info("first database installed from a snapshot", extra={"fields": {"db": self._db_path}})

@@ -1,0 +1,368 @@
+"""Takes snapshots: one node at a time, when one is due, wanted or asked for; keeps as many as there is room for.
+
+Life of one: lease -> copy beside the database -> compressed -> room made in the store -> uploaded, manifest last ->
+older ones removed. Whatever fails, the files beside the database are removed, the reason is told, replication goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import time
+from collections.abc import Callable, Sequence
+
+import apsw
+
+from harmonylite import __version__, clock
+from harmonylite.config.model import Snapshot as SnapshotConfig
+from harmonylite.engine import Engine
+from harmonylite.observe.log import Repeated
+from harmonylite.snapshot.link import Link
+from harmonylite.snapshot.local import copy_database, has_unversioned, set_joined
+from harmonylite.snapshot.manifest import Manifest, new_id
+from harmonylite.snapshot.retention import make_room, prune
+from harmonylite.snapshot.state import SnapshotState
+from harmonylite.snapshot.stores.base import StoreError, StoreFull, StoreUnavailable
+from harmonylite.snapshot.workfiles import (
+    SnapshotFailed,
+    WorkFiles,
+    check_room,
+    megabytes,
+    pack,
+    remove,
+    stoppable,
+)
+from harmonylite.stream.lease import Lease, LeaseLost, SnapshotRequest
+from harmonylite.stream.log import LogError
+from harmonylite.tasks import run_together
+
+log = logging.getLogger(__name__)
+
+# Pause between two looks for requests; a leaf's questions travel over its link, and its hub usually answers first.
+LOOK_S, LEAF_LOOK_S = 2.0, 30.0
+# The store's list is asked for at least that often, for the age that operators watch; it is known after each change.
+LIST_S = 600.0
+# Snapshots that only the number of messages makes due are at least so far apart: a slow node has to be able to fetch
+# one before it is removed again.
+APART_S = 600.0
+# After a failure; each further one in a row doubles the pause.
+RETRY_S, LONGEST_RETRY_S = 60.0, 3600.0
+# An upload that is interrupted is taken up again, after longer and longer pauses.
+LONGEST_PAUSE_S = 60.0
+# The mirror is compared that often.
+MIRROR_S = 300.0
+# A request with this reason names the snapshot that its node is fetching.
+FETCHING = "fetching "
+# The copy and its compressed form lie beside the database at the same time.
+ROOM_FACTOR = 1.6
+
+
+class NotNow(SnapshotFailed):
+    """This node may not take a snapshot at present; another may."""
+
+
+class SnapshotKeeper:
+    """One per daemon. `run` serves one connection; `save` may be called any time.
+
+    why_not: why this node's state is not fit to be a snapshot (it is behind, rows are parked); None if it is.
+    ends: the last sequence of each stream, as far as known. leaf: others should be asked before this node.
+    """
+
+    def __init__(
+        self,
+        config: SnapshotConfig,
+        max_entries: int,
+        engine: Engine,
+        files: WorkFiles,
+        state: SnapshotState,
+        *,
+        why_not: Callable[[], str | None],
+        ends: Callable[[], dict[str, int]],
+        leaf: bool,
+    ) -> None:
+        self._config = config
+        self._max_entries = max_entries
+        self._engine = engine
+        self._files = files
+        self._state = state
+        self.why_not = why_not
+        self._ends = ends
+        self._leaf = leaf
+        self._link: Link | None = None
+        self._one_at_a_time = asyncio.Lock()
+        self._listed_at: float | None = None
+        self._not_before = 0.0
+        self._failures = 0
+        self._trouble = Repeated(log, 600.0)
+        engine.metrics.snapshot_age_seconds.set_function(self.age_s)
+
+    def age_s(self) -> float | None:
+        """Age of the newest snapshot known, seconds by the server's clock; None without one."""
+        newest = self._state.newest
+        if newest is None:
+            return None
+        now_ms = self._engine.time.server.now_ms() or clock.wall_ms()
+        return max(0.0, (now_ms - newest.created_ms) / 1000)
+
+    # -- the loop
+
+    async def run(self, link: Link) -> None:
+        """Until cancelled: take snapshots when they are due. Nothing that goes wrong here ends it."""
+        self._link = link
+        try:
+            await run_together(self._keep(link), self._mirror(link))
+        finally:
+            self._link = None
+
+    async def _keep(self, link: Link) -> None:
+        while True:
+            try:
+                await self._round(link)
+            except (StoreError, SnapshotFailed, LogError, OSError, apsw.Error) as error:
+                self._trouble.warning("snapshots cannot be looked after", {"reason": str(error)})
+            except Exception as error:  # whatever it is, replication must not end with it
+                self._trouble.error("a mistake in harmonylite: snapshots fail", {"error": repr(error)})
+            await asyncio.sleep(LEAF_LOOK_S if self._leaf else LOOK_S)
+
+    async def _round(self, link: Link) -> None:
+        if self._listed_at is None or time.monotonic() - self._listed_at > LIST_S:
+            await self.refresh(link)
+        if time.monotonic() < self._not_before or self.why_not() is not None:
+            return
+        requests = await self._requests(link)
+        if self._why_due(requests) is None:
+            return
+        await self.refresh(link)  # somebody else may have taken one
+        reason = self._why_due(requests)
+        if reason is not None:
+            await self._try(link, reason)
+
+    async def _requests(self, link: Link) -> list[SnapshotRequest]:
+        await link.lease.ensure_bucket()
+        own = link.settings.node_id
+        return [request for request in await link.lease.requests() if request.node_id != own]
+
+    def _why_due(self, requests: Sequence[SnapshotRequest]) -> str | None:
+        newest = self._state.newest
+        for request in requests:
+            fetching = request.reason.startswith(FETCHING)
+            if not fetching and (newest is None or newest.id <= request.newer_than):
+                return f"node {request.node_id} needs one: {request.reason}"
+        age_s = self.age_s()
+        ends = self._ends()
+        if newest is None or age_s is None:
+            moved = sum(ends.values())
+        else:
+            taken = {position.stream: position.sequence for position in newest.positions}
+            # A stream that ends before the snapshot is another one.
+            moved = sum(end - taken[name] if taken.get(name, end + 1) <= end else end for name, end in ends.items())
+        if self._config.interval and moved and (age_s is None or age_s * 1000 >= self._config.interval):
+            return "the interval is over"
+        if moved >= self._max_entries and (age_s is None or age_s >= APART_S):
+            return f"{moved} messages since the last one"
+        return None
+
+    async def _try(self, link: Link, reason: str) -> None:
+        try:
+            await self._take(link, reason)
+        except NotNow as error:
+            log.debug("no snapshot taken", extra={"fields": {"reason": str(error)}})
+        except (StoreError, SnapshotFailed, LogError, OSError, apsw.Error) as error:
+            self._note_failure(error)
+
+    def _note_failure(self, error: Exception) -> None:
+        self._back_off()
+        self._state.failure = str(error) or type(error).__name__
+        self._engine.metrics.snapshot_failures.inc(1)
+        self._trouble.warning("no snapshot was taken; replication goes on", {"reason": self._state.failure})
+
+    def _back_off(self) -> None:
+        self._not_before = time.monotonic() + min(RETRY_S * 2**self._failures, LONGEST_RETRY_S)
+        self._failures += 1
+
+    async def refresh(self, link: Link) -> list[Manifest]:
+        """Ask the store what it has."""
+        manifests = await link.store.list()
+        newest = manifests[0] if manifests else None
+        if newest is not None and self._state.newest is not None and newest.id > self._state.newest.id:
+            self._state.failure = None  # another node could
+        self._state.newest = newest
+        self._listed_at = time.monotonic()
+        return manifests
+
+    async def _mirror(self, link: Link) -> None:
+        if not self._config.mirror:
+            await asyncio.Event().wait()
+        seen: str | None = None
+        not_before = 0.0
+        while True:
+            newest = self._state.newest
+            is_new = newest is not None and newest.id != seen and self._state.trouble is None
+            due = is_new or time.monotonic() > not_before
+            if due and newest is not None and self._is_mirroring(link, newest):
+                try:
+                    self._files.mirror.mkdir(exist_ok=True)
+                    copied = await link.store.mirror(self._files.mirror)
+                    if copied:
+                        log.info("snapshots copied to the mirror", extra={"fields": {"ids": copied}})
+                    seen, self._state.trouble = newest.id, None
+                except (StoreError, OSError) as error:
+                    self._state.trouble = f"the mirror of the snapshots is behind: {error}"
+                    self._trouble.warning("the mirror of the snapshots is behind", {"reason": str(error)})
+                except Exception as error:
+                    self._trouble.error("a mistake in harmonylite: the mirror fails", {"error": repr(error)})
+                finally:
+                    not_before = time.monotonic() + MIRROR_S
+                    shutil.rmtree(self._files.mirror, ignore_errors=True)
+            await asyncio.sleep(LOOK_S)
+
+    def _is_mirroring(self, link: Link, newest: Manifest) -> bool:
+        """The one who took it copies it; the others look now and then, in case that one is gone."""
+        age_s = self.age_s() or 0.0
+        return newest.node_id == link.settings.node_id or age_s > MIRROR_S * (4 if self._leaf else 2)
+
+    # -- on demand
+
+    async def save(self, reason: str = "asked for") -> Manifest:
+        """Take a snapshot now. Raises SnapshotFailed with the reason if that cannot be."""
+        link = self._link
+        if link is None:
+            raise SnapshotFailed("this node is not connected to NATS")
+        if (why_not := self.why_not()) is not None:
+            raise SnapshotFailed(f"this node's state is not complete: {why_not}")
+        try:
+            return await self._take(link, reason)
+        except NotNow:
+            raise
+        except (StoreError, LogError, SnapshotFailed, OSError, apsw.Error) as error:
+            self._note_failure(error)
+            raise SnapshotFailed(self._state.failure or "") from None
+
+    # -- taking one
+
+    async def _take(self, link: Link, reason: str) -> Manifest:
+        """Raises NotNow, SnapshotFailed, StoreError, LogError, OSError, apsw.Error."""
+        if self._one_at_a_time.locked():
+            raise NotNow("a snapshot is being taken already")
+        async with self._one_at_a_time:
+            if parked := await self._engine.parked():
+                raise NotNow(f"rows are parked here: {parked} (harmonylite parked says why)")
+            await link.lease.ensure_bucket()
+            if not await link.lease.acquire():
+                raise NotNow(f"node {await link.lease.holder()} is taking one")
+            log.info("taking a snapshot", extra={"fields": {"reason": reason}})
+            begun = time.monotonic()
+            taken: list[Manifest] = []
+            try:
+                await run_together(self._hold(link.lease), self._make(link, taken))
+            except asyncio.CancelledError:
+                # Quickly: the lease expires by itself. Over a link that does not hold, a copy each time wears the card.
+                self._back_off()
+                raise
+            except BaseException:
+                await self._release(link.lease)
+                raise
+            finally:
+                self._state.taking = None
+                remove(self._files.copy)
+                remove(self._files.packed)
+            await self._release(link.lease)
+            manifest = taken[0]
+            await set_joined(self._engine)
+            self._engine.metrics.snapshots_taken.inc(1)
+            self._state.failure, self._failures, self._not_before = None, 0, 0.0
+            fields = {
+                "id": manifest.id,
+                "size": megabytes(manifest.size),
+                "stored": megabytes(manifest.stored_size),
+                "seconds": round(time.monotonic() - begun, 1),
+            }
+            log.info("snapshot taken", extra={"fields": fields})
+            return manifest
+
+    @staticmethod
+    async def _hold(lease: Lease) -> None:
+        """Keep the lease; ends with LeaseLost, and with it what was being done under it."""
+        trouble = 0
+        while True:
+            await asyncio.sleep(lease.ttl_s / 3)
+            try:
+                await lease.renew()
+                trouble = 0
+            except LeaseLost:
+                raise
+            except LogError:
+                trouble += 1
+                if not lease.held or trouble > 3:
+                    raise LeaseLost("the lease could not be renewed in time: another node may take it") from None
+
+    @staticmethod
+    async def _release(lease: Lease) -> None:
+        try:
+            await lease.release()
+        except LogError as error:
+            log.debug("lease not given back, it runs out", extra={"fields": {"error": str(error)}})
+
+    async def _make(self, link: Link, taken: list[Manifest]) -> None:
+        engine, files, state = self._engine, self._files, self._state
+        size = files.database_bytes()
+        check_room(files.copy.parent, int(size * ROOM_FACTOR), "a snapshot")
+        info = await copy_database(engine, files.copy, state.take("copying the database"))
+        if info.parked:  # a moment ago
+            raise NotNow(f"rows are parked here: {info.parked} (harmonylite parked says why)")
+        if (reason := self.why_not()) is not None:  # the log broke meanwhile
+            raise NotNow(reason)
+        with_unversioned = await has_unversioned(engine, files.copy)
+        compressing = state.take("compressing")
+        packed = await stoppable(lambda stop: pack(files.copy, files.packed, stop, compressing))
+        await asyncio.to_thread(remove, files.copy)
+        server_ms = engine.time.server.now_ms() or clock.wall_ms()
+        manifest = Manifest(
+            id=new_id(server_ms, link.settings.node_id),
+            node_id=link.settings.node_id,
+            version=__version__,
+            created_ms=server_ms,
+            positions=info.positions,
+            schema=info.fingerprint,
+            size=packed.size,
+            stored_size=packed.stored_size,
+            sha256=packed.sha256,
+            tombstones_since_ms=info.tombstones_since_ms,
+            unversioned=with_unversioned,
+        )
+        in_use = await self._in_use(link)
+        await self._upload(link, manifest, in_use)
+        taken.append(manifest)
+        self._state.newest = manifest
+        self._listed_at = time.monotonic()
+        try:
+            await prune(link.store, self._config.retain, in_use)
+        except StoreError as error:
+            log.warning("old snapshots could not be removed", extra={"fields": {"reason": str(error)}})
+
+    async def _in_use(self, link: Link) -> frozenset[str]:
+        """Snapshots that somebody is fetching."""
+        reasons = [request.reason for request in await self._requests(link)]
+        return frozenset(reason.removeprefix(FETCHING) for reason in reasons if reason.startswith(FETCHING))
+
+    async def _upload(self, link: Link, manifest: Manifest, in_use: frozenset[str]) -> None:
+        """A store that does not answer for a moment is asked again: an upload goes on where it was."""
+
+        async def unusable(other: Manifest) -> str | None:
+            return await link.why_unusable(other, await link.states())
+
+        pause = 1.0
+        while True:
+            try:
+                await link.store.upload(manifest, self._files.packed, self._state.take(f"storing {manifest.id}"))
+                return
+            except StoreFull as full:
+                await make_room(link.store, manifest, unusable, in_use, full)
+                continue
+            except StoreUnavailable as error:
+                if pause > LONGEST_PAUSE_S:
+                    raise
+                log.info("storing the snapshot is interrupted", extra={"fields": {"reason": str(error)}})
+            await asyncio.sleep(pause)
+            pause *= 2

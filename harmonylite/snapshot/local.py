@@ -1,0 +1,101 @@
+"""Snapshots and this node's database: copied, merged, marked, each in steps that the application hardly feels."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from pathlib import Path
+
+from harmonylite.db import unversioned
+from harmonylite.db.copy import CopyCancelledError, CopyInfo
+from harmonylite.db.marking import Marking
+from harmonylite.db.merge import Merger, MergeReport, Work
+from harmonylite.engine import Engine
+from harmonylite.model import Position
+from harmonylite.snapshot.manifest import Manifest
+from harmonylite.snapshot.workfiles import Progress, SnapshotFailed, stoppable
+
+# A copy needs a moment without unabsorbed changes: so many tries, so far apart.
+COPY_TRIES, COPY_PAUSE_S = 20, 0.5
+
+
+async def copy_database(engine: Engine, target: Path, progress: Progress) -> CopyInfo:
+    """Write a consistent copy of the database to `target`, the application running; nothing of it is left when
+    cancelled. Raises SnapshotFailed if the application never pauses, apsw.Error."""
+    replica, clock = engine.replica, engine.time
+    for _ in range(COPY_TRIES):
+        copy = await engine.write(lambda: replica.start_copy(target, clock.bound_ms(), clock.correction))
+        if copy is not None:
+            break
+        await asyncio.sleep(COPY_PAUSE_S)
+    else:
+        raise SnapshotFailed("the application commits without a pause: no moment was found for a copy")
+    try:
+        return await stoppable(lambda stop: copy.run(progress, stop.is_set))
+    except CopyCancelledError:
+        raise asyncio.CancelledError from None
+    finally:
+        copy.close()
+
+
+async def merge_snapshot(engine: Engine, snapshot: Path, manifest: Manifest, progress: Progress) -> MergeReport:
+    """Take over what a snapshot has newer, mark for publication what it lacks, and set the positions.
+
+    Cancelled or killed anywhere, it is simply done again. Raises DamagedCopyError.
+    """
+    merger = Merger(
+        engine.replica,
+        snapshot,
+        manifest.positions,
+        manifest.tombstones_since_ms,
+        created_ms=manifest.created_ms,
+    )
+    clock = engine.time
+
+    def write(work: Work) -> None:
+        merger.write(work, clock.bound_ms(), clock.correction)
+
+    try:
+        await engine.write(merger.open)
+        while (work := await stoppable(lambda _: merger.find())) is not None:
+            if not work.empty:
+                await engine.write(partial(write, work))
+            progress(merger.progress.done, merger.progress.total)
+        report = await engine.write(lambda: merger.finish(clock.bound_ms(), clock.correction))
+        await set_joined(engine)
+        return report
+    finally:
+        # A job that nobody waits for any more may still be running on the writer's thread: close behind it.
+        await engine.write(merger.close)
+
+
+async def publish_again(engine: Engine, position: Position, progress: Progress) -> None:
+    """Everything here is pending again, whoever wrote it, at the versions it has; reading goes on at `position` once
+    all of it is marked."""
+    marking = Marking(engine.replica)
+    while await engine.write(marking.step):
+        progress(marking.looked_at, 0)
+    await engine.write(lambda: marking.finish(position))
+
+
+async def mark_all(engine: Engine, progress: Progress) -> None:
+    """As `publish_again`, reading going on where it is."""
+    marking = Marking(engine.replica)
+    while await engine.write(marking.step):
+        progress(marking.looked_at, 0)
+
+
+async def is_joined(engine: Engine) -> bool:
+    """Whether this database has been part of a snapshot."""
+    return await engine.write(lambda: unversioned.is_joined(engine.replica))
+
+
+async def set_joined(engine: Engine) -> None:
+    """This database was merged with a snapshot, or is one."""
+    await engine.write(lambda: unversioned.set_joined(engine.replica))
+
+
+async def has_unversioned(engine: Engine, database: Path | None = None) -> bool:
+    """Whether there are rows without a version in this node's database, or in a copy of it."""
+    schema, path = engine.replica.known_schema, database or engine.replica.path
+    return schema is not None and await stoppable(lambda _: unversioned.exist(path, schema))

@@ -1,0 +1,221 @@
+"""A new node without a database, and rows from before the installation."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import apsw
+import pytest
+
+from harmonylite.catchup import CatchUp
+from harmonylite.config.model import Snapshot as Config
+from harmonylite.db import unversioned
+from harmonylite.snapshot import install, join
+from harmonylite.snapshot.install import Installer
+from harmonylite.snapshot.join import Joiner
+from harmonylite.snapshot.keeper import SnapshotKeeper
+from harmonylite.snapshot.local import has_unversioned, is_joined
+from harmonylite.snapshot.state import SnapshotState
+from harmonylite.snapshot.workfiles import WorkFiles
+from tests.unit.snapshot_fakes import FakeLink, Lease, Node, Store, opened, stream
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(install, "GRACE_S", 0.0)
+    monkeypatch.setattr(install, "LOOK_S", 0.02)
+    monkeypatch.setattr(join, "EARLY_S", 0.02)
+
+
+def keeper(node: Node, state: SnapshotState | None = None) -> SnapshotKeeper:
+    return SnapshotKeeper(
+        Config(),
+        1000,
+        node.engine,
+        WorkFiles(node.path),
+        state or SnapshotState("nats"),
+        why_not=lambda: None,
+        ends=lambda: {},
+        leaf=False,
+    )
+
+
+class Bench:
+    """A cluster's store with a snapshot in it, and a folder for a new node."""
+
+    def __init__(self, folder: Path) -> None:
+        (folder / "store").mkdir()
+        (folder / "new").mkdir()
+        self.db = folder / "new" / "app.db"
+        self.store, self.lease = Store(folder / "store"), Lease()
+        self.link = FakeLink(self.store, self.lease, lambda: stream(1, 200))
+        self.installer = Installer(self.db, 9, WorkFiles(self.db), SnapshotState("nats"))
+
+    async def fill(self, node: Node) -> None:
+        await node.at(120)
+        taker = keeper(node)
+        taker._link = self.link
+        await taker.save()
+
+    def files(self) -> list[str]:
+        return sorted(path.name for path in self.db.parent.iterdir())
+
+
+def query(path: Path, sql: str) -> list[tuple[object, ...]]:
+    connection = apsw.Connection(str(path))
+    try:
+        return list(connection.execute(sql))
+    finally:
+        connection.close()
+
+
+def test_the_first_database_is_a_snapshot_under_the_node_s_own_name(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(tmp_path / "one") as node:
+            node.write(1, 2)
+            bench = Bench(tmp_path)
+            await bench.fill(node)
+            await asyncio.wait_for(bench.installer.run(bench.link), 10)
+        assert bench.files() == ["app.db"]
+        assert bench.db.stat().st_mode & 0o777 == 0o660
+        assert query(bench.db, "SELECT id FROM t ORDER BY id") == [(1,), (2,)]
+        assert query(bench.db, "SELECT value FROM __harmonylite__meta WHERE name = 'node_id'") == [(9,)]
+        async with opened(tmp_path / "new", 9) as new:
+            assert await is_joined(new.engine), "it need not fetch it a second time"
+            assert await new.position() == 120
+
+    asyncio.run(main())
+
+
+def test_a_database_that_the_application_makes_meanwhile_is_not_touched(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(tmp_path / "one") as node:
+            node.write(1)
+            bench = Bench(tmp_path)
+            await bench.fill(node)
+            application: list[apsw.Connection] = []
+
+            def makes_it() -> None:
+                application.append(apsw.Connection(str(bench.db)))
+                application[0].execute("CREATE TABLE mine (x); INSERT INTO mine VALUES (42)")
+
+            bench.store.on_transfer = makes_it
+            inode = None
+            await asyncio.wait_for(bench.installer.run(bench.link), 10)
+            inode = bench.db.stat().st_ino
+            application[0].execute("INSERT INTO mine VALUES (43)")
+            assert query(bench.db, "SELECT x FROM mine") == [(42,), (43,)]
+            assert bench.db.stat().st_ino == inode
+            assert bench.files() == ["app.db"]
+            application[0].close()
+
+    asyncio.run(main())
+
+
+def test_without_a_snapshot_it_asks_and_waits_for_whoever_is_first(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(tmp_path / "one") as node:
+            bench = Bench(tmp_path)
+            running = asyncio.create_task(bench.installer.run(bench.link))
+            while bench.lease.own_wish is None:
+                await asyncio.sleep(0.01)
+            assert bench.lease.own_wish == ("a new node without a database", "")
+            node.write(7)
+            await bench.fill(node)
+            await asyncio.wait_for(running, 10)
+            assert query(bench.db, "SELECT id FROM t") == [(7,)]
+
+    asyncio.run(main())
+
+
+def test_a_damaged_snapshot_makes_no_database(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(tmp_path / "one") as node:
+            bench = Bench(tmp_path)
+            await bench.fill(node)
+            [bad] = bench.store.manifests
+            (bench.store.folder / bad.id).unlink()
+            running = asyncio.create_task(bench.installer.run(bench.link))
+            while bench.lease.own_wish is None:
+                await asyncio.sleep(0.01)
+            assert bench.lease.own_wish[1] == bad.id, "one newer than the damaged one"
+            assert not bench.db.exists()
+            await bench.fill(node)
+            await asyncio.wait_for(running, 10)
+            assert bench.store.downloads.count(bad.id) == 1
+
+    asyncio.run(main())
+
+
+def test_rows_without_a_version_are_found(tmp_path: Path) -> None:
+    """Whatever the key; rows that cannot be replicated do not count."""
+    (tmp_path / "app").mkdir()
+    application = apsw.Connection(str(tmp_path / "app" / "app.db"))
+    application.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, v TEXT)")
+    application.execute("CREATE TABLE named (name TEXT COLLATE NOCASE, part INTEGER, PRIMARY KEY (name, part))")
+
+    async def found() -> bool:
+        async with opened(tmp_path / "app") as node:
+            return await has_unversioned(node.engine)
+
+    assert not asyncio.run(found())
+    application.execute("INSERT INTO named VALUES ('written after the installation', 1), (NULL, 2)")
+    assert not asyncio.run(found()), "one is in the log, one has NULL in its key"
+    application.execute("DELETE FROM __harmonylite__named_change_log")
+    application.execute("DELETE FROM __harmonylite__named_version")
+    assert asyncio.run(found())
+
+
+def test_a_node_with_rows_from_before_joins_by_merging_or_by_being_the_first(tmp_path: Path) -> None:
+    """It takes a snapshot if there is none and others are there; without such rows nobody fetches anything."""
+
+    async def main() -> None:
+        async with opened(tmp_path / "one", 1) as one, opened(tmp_path / "two", 2) as two:
+            bench = Bench(tmp_path)
+            state = SnapshotState("nats")
+            joiner = Joiner(two.engine, keeper(two, state), CatchUp(two.engine, WorkFiles(two.path), state))
+            running = asyncio.create_task(joiner.run(bench.link))
+            await bench.fill(one)
+            while not await is_joined(two.engine):
+                await asyncio.sleep(0.01)
+            assert bench.store.downloads == [], "no rows from before in it"
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+def test_a_snapshot_with_rows_from_before_is_merged_once(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(tmp_path / "one", 1) as one, opened(tmp_path / "two", 2) as two:
+            one.write(5, text="from before")
+            one.application.execute("DELETE FROM __harmonylite__t_change_log")
+            bench = Bench(tmp_path)
+            await bench.fill(one)
+            [manifest] = bench.store.manifests
+            assert manifest.unversioned
+            state = SnapshotState("nats")
+            joiner = Joiner(two.engine, keeper(two, state), CatchUp(two.engine, WorkFiles(two.path), state))
+            running = asyncio.create_task(joiner.run(bench.link))
+            while not await is_joined(two.engine):
+                await asyncio.sleep(0.01)
+            assert two.rows() == {5: "from before"}
+            await bench.fill(one)
+            await asyncio.sleep(0.2)
+            assert bench.store.downloads == [manifest.id]
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+def test_the_mark_of_having_joined_is_in_the_database(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(tmp_path / "one") as node:
+            assert not await is_joined(node.engine)
+            await node.engine.write(lambda: unversioned.set_joined(node.engine.replica))
+        async with opened(tmp_path / "one") as node:
+            assert await is_joined(node.engine)
+
+    asyncio.run(main())

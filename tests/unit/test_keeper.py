@@ -1,0 +1,336 @@
+"""Taking snapshots: when, by whom, and what happens when it goes wrong in the middle."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from harmonylite.config.model import Snapshot as Config
+from harmonylite.snapshot import keeper, workfiles
+from harmonylite.snapshot.keeper import FETCHING, SnapshotKeeper
+from harmonylite.snapshot.state import SnapshotState
+from harmonylite.snapshot.stores.base import StoreRefused, StoreUnavailable
+from harmonylite.snapshot.workfiles import SnapshotFailed, WorkFiles
+from harmonylite.stream.lease import SnapshotRequest
+from tests.unit.snapshot_fakes import STREAM, FakeLink, Lease, Node, Store, opened, stream
+
+
+class Bench:
+    """A keeper, everything it uses, and what it is told of this node."""
+
+    def __init__(self, node: Node, folder: Path, **config: object) -> None:
+        self.node = node
+        folder.mkdir()
+        self.store, self.lease = Store(folder), Lease()
+        self.link = FakeLink(self.store, self.lease, lambda: stream(1, self.ends[STREAM]))
+        self.state = SnapshotState("nats")
+        self.files = WorkFiles(node.path)
+        self.ends = {STREAM: 10}
+        self.why_not: str | None = None
+        self.keeper = SnapshotKeeper(
+            Config(**config),  # type: ignore[arg-type]
+            100,
+            node.engine,
+            self.files,
+            self.state,
+            why_not=lambda: self.why_not,
+            ends=lambda: self.ends,
+            leaf=False,
+        )
+        self.keeper._link = self.link
+
+    async def look(self) -> int:
+        """One round; how many snapshots there are."""
+        await self.keeper._round(self.link)
+        return len(self.store.manifests)
+
+    def leftovers(self) -> list[str]:
+        return [path.name for path in self.node.path.parent.glob(".*")]
+
+
+def test_a_snapshot_is_due_after_so_many_messages(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(tmp_path / "node") as node:
+            bench = Bench(node, tmp_path / "store")
+            await node.at(10)
+            assert await bench.look() == 0
+            bench.ends[STREAM] = 100
+            await node.at(100)
+            assert await bench.look() == 1
+            bench.ends[STREAM] = 300
+            assert await bench.look() == 1, "too soon after the last one"
+            bench.node.engine.time.server.now_ms = lambda: bench.store.manifests[0].created_ms + 700_000  # type: ignore[method-assign]
+            assert await bench.look() == 2
+            assert bench.leftovers() == []
+            assert not bench.lease.held
+
+    asyncio.run(main())
+
+
+def test_the_interval_counts_only_when_the_log_has_moved(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(tmp_path / "node") as node:
+            bench = Bench(node, tmp_path / "store", interval=1)
+            await node.at(10)
+            assert await bench.look() == 1
+            await asyncio.sleep(0.02)
+            assert await bench.look() == 1
+            bench.ends[STREAM] = 11
+            assert await bench.look() == 2
+
+    asyncio.run(main())
+
+
+def test_a_node_that_needs_one_gets_one_newer_than_what_it_saw(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(tmp_path / "node") as node:
+            bench = Bench(node, tmp_path / "store")
+            await node.at(10)
+            bench.lease.asked = [SnapshotRequest(1, "own", "", 0)]
+            assert await bench.look() == 0, "its own wish"
+            bench.lease.asked = [SnapshotRequest(2, "a gap", "", 0)]
+            assert await bench.look() == 1
+            assert await bench.look() == 1, "that one is newer than what it saw"
+            newest = bench.store.manifests[0].id
+            bench.lease.asked = [SnapshotRequest(2, FETCHING + newest, newest, 0)]
+            assert await bench.look() == 1, "it is fetching it"
+            bench.lease.asked = [SnapshotRequest(2, "damaged", newest, 0)]
+            await asyncio.sleep(1.0)  # ids have seconds
+            assert await bench.look() == 2
+
+    asyncio.run(main())
+
+
+def test_only_a_complete_node_with_the_lease_takes_one(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(tmp_path / "node") as node:
+            bench = Bench(node, tmp_path / "store")
+            bench.ends[STREAM] = 100
+            bench.why_not = "3 rows are parked here"
+            assert await bench.look() == 0
+            with pytest.raises(SnapshotFailed, match="parked"):
+                await bench.keeper.save()
+            bench.why_not, bench.lease.others = None, 7
+            assert await bench.look() == 0
+            with pytest.raises(SnapshotFailed, match="node 7 is taking one"):
+                await bench.keeper.save()
+            assert bench.state.failure is None, "that is no failure"
+
+    asyncio.run(main())
+
+
+def test_a_node_with_parked_rows_copies_nothing(tmp_path: Path) -> None:
+    """Every snapshot would carry them on, and a copy each time would wear the card."""
+
+    async def main() -> None:
+        async with opened(tmp_path / "node") as node:
+            bench = Bench(node, tmp_path / "store")
+            bench.ends[STREAM] = 100
+            row = "'t', x'00', x'00', x'00', 1, 1, 0, 0, 0, 0, x'00', 'r', 'd', 0"
+            node.application.execute(f"INSERT INTO __harmonylite__parked VALUES ({row})")
+            bench.files.copy = tmp_path / "nowhere" / "copy"  # nothing can be copied there
+            assert await bench.look() == 0
+            with pytest.raises(SnapshotFailed, match="parked"):
+                await bench.keeper.save()
+            assert not bench.lease.held
+            assert bench.state.failure is None
+
+    asyncio.run(main())
+
+
+def test_a_row_that_was_parked_just_before_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What counts is what the copied view holds."""
+
+    async def main() -> None:
+        async with opened(tmp_path / "node") as node:
+            bench = Bench(node, tmp_path / "store")
+            row = "'t', x'00', x'00', x'00', 1, 1, 0, 0, 0, 0, x'00', 'r', 'd', 0"
+            node.application.execute(f"INSERT INTO __harmonylite__parked VALUES ({row})")
+
+            async def none_yet() -> int:
+                return 0
+
+            monkeypatch.setattr(node.engine, "parked", none_yet)
+            with pytest.raises(SnapshotFailed, match="parked"):
+                await bench.keeper.save()
+            assert bench.store.manifests == []
+            assert bench.leftovers() == []
+
+    asyncio.run(main())
+
+
+def test_the_lease_is_lost_while_storing(tmp_path: Path) -> None:
+    """Another node may have begun: what is under way is given up, its files are removed, nothing is listed."""
+
+    async def main() -> None:
+        async with opened(tmp_path / "node") as node:
+            bench = Bench(node, tmp_path / "store")
+            node.write(1)
+            stuck = asyncio.Event()
+
+            async def upload(*_: object) -> None:
+                bench.lease.lost = True
+                await stuck.wait()
+
+            bench.store.upload = upload  # type: ignore[method-assign]
+            with pytest.raises(SnapshotFailed, match="another node holds the lease"):
+                await asyncio.wait_for(bench.keeper.save(), 5)
+            assert bench.store.manifests == []
+            assert bench.leftovers() == []
+            assert bench.state.failure is not None
+            assert bench.state.taking is None
+            assert node.engine.metrics.snapshot_failures.value == 1
+
+    asyncio.run(main())
+
+
+def test_a_log_that_breaks_meanwhile(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(tmp_path / "node") as node:
+            bench = Bench(node, tmp_path / "store")
+            answers = iter([None, "it has not read everything yet"])
+            bench.keeper.why_not = lambda: next(answers)
+            with pytest.raises(SnapshotFailed, match="not read everything"):
+                await bench.keeper.save()
+            assert bench.store.manifests == []
+
+    asyncio.run(main())
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with opened(tmp_path / "node") as node:
+            bench = Bench(node, tmp_path / "store")
+            bench.ends[STREAM] = 100
+            monkeypatch.setattr(workfiles, "ROOM_LEFT_BYTES", 1 << 60)
+            assert await bench.look() == 0
+            assert bench.state.failure is not None
+            assert "make room" in bench.state.failure
+            assert node.engine.metrics.snapshot_failures.value == 1
+            monkeypatch.undo()
+            assert await bench.look() == 0, "not at once again"
+            await bench.keeper.save()
+            assert bench.state.failure is None
+
+    asyncio.run(main())
+
+
+def test_pauses_grow_while_a_store_refuses(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(tmp_path / "node") as node:
+            bench = Bench(node, tmp_path / "store")
+            bench.ends[STREAM] = 100
+            pauses = []
+            for _ in range(9):
+                bench.keeper._not_before = 0.0
+                bench.keeper._note_failure(StoreRefused("access denied"))
+                loop = asyncio.get_running_loop()
+                pauses.append(round(bench.keeper._not_before - loop.time()))
+            assert pauses == [60, 120, 240, 480, 960, 1920, 3600, 3600, 3600]
+
+    asyncio.run(main())
+
+
+def test_as_many_are_kept_as_there_is_room_for(tmp_path: Path) -> None:
+    """The oldest go first; the newest one that nodes can use stays until there is a newer one."""
+
+    async def main() -> None:
+        async with opened(tmp_path / "node") as node:
+            bench = Bench(node, tmp_path / "store", retain=3)
+            await node.at(10)
+            first = await bench.keeper.save()
+            size = first.stored_size
+            bench.store.room = 2 * size + size // 2
+            ids = [first.id]
+            for _ in range(3):
+                await asyncio.sleep(0.01)
+                ids.append((await bench.keeper.save()).id)
+            assert [manifest.id for manifest in await bench.store.list()] == [ids[3], ids[2]]
+            bench.store.room = size + size // 2
+            bench.store.manifests = bench.store.manifests[-1:]
+            with pytest.raises(SnapshotFailed, match="does not fit beside"):
+                await bench.keeper.save()
+            assert [manifest.id for manifest in bench.store.manifests] == [ids[3]]
+            assert not bench.store.torn, "what was begun is removed"
+            # The stream has passed it: nobody can use it any more.
+            bench.link = FakeLink(bench.store, bench.lease, lambda: stream(500, 600))
+            bench.keeper._link = bench.link
+            newest = await bench.keeper.save()
+            assert [manifest.id for manifest in bench.store.manifests] == [newest.id]
+
+    asyncio.run(main())
+
+
+def test_what_is_being_fetched_stays(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(tmp_path / "node") as node:
+            bench = Bench(node, tmp_path / "store", retain=1)
+            first = await bench.keeper.save()
+            bench.lease.asked = [SnapshotRequest(2, FETCHING + first.id, first.id, 0)]
+            await asyncio.sleep(0.01)
+            second = await bench.keeper.save()
+            await asyncio.sleep(0.01)
+            third = await bench.keeper.save()
+            assert [manifest.id for manifest in await bench.store.list()] == [third.id, first.id]
+            bench.lease.asked = []
+            await asyncio.sleep(0.01)
+            fourth = await bench.keeper.save()
+            assert [manifest.id for manifest in await bench.store.list()] == [fourth.id]
+            assert second.id not in (first.id, third.id)
+
+    asyncio.run(main())
+
+
+def test_after_the_stream_was_made_anew_its_own_messages_count(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(tmp_path / "node") as node:
+            bench = Bench(node, tmp_path / "store", interval=1)
+            bench.ends[STREAM] = 500
+            await node.at(500)
+            assert await bench.look() == 1
+            await asyncio.sleep(0.01)
+            bench.ends[STREAM] = 3
+            assert await bench.look() == 2
+
+    asyncio.run(main())
+
+
+def test_a_mirror_that_is_away_is_told_and_not_asked_all_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with opened(tmp_path / "node") as node:
+            bench = Bench(node, tmp_path / "store", mirror="s3")
+            monkeypatch.setattr(keeper, "LOOK_S", 0.01)
+            monkeypatch.setattr(keeper, "MIRROR_S", 0.5)
+            tries = 0
+            away = True
+
+            async def mirror(*_: object) -> list[str]:
+                nonlocal tries
+                tries += 1
+                if away:
+                    raise StoreUnavailable("s3.example does not answer")
+                return [manifest.id for manifest in bench.store.manifests]
+
+            bench.store.mirror = mirror  # type: ignore[method-assign]
+            await bench.keeper.save()
+            running = asyncio.create_task(bench.keeper._mirror(bench.link))
+            await asyncio.sleep(0.3)
+            assert tries == 1
+            assert bench.state.trouble == "the mirror of the snapshots is behind: s3.example does not answer"
+            away = False
+            while bench.state.trouble is not None:
+                await asyncio.sleep(0.01)
+            assert tries == 2
+            await asyncio.sleep(0.01)
+            await bench.keeper.save()
+            await asyncio.sleep(0.1)
+            assert tries == 3, "a new one is copied at once"
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            assert bench.leftovers() == []
+
+    asyncio.run(main())

@@ -1,0 +1,125 @@
+"""Files beside the database: packed, unpacked, found again, removed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from harmonylite.snapshot import workfiles
+from harmonylite.snapshot.workfiles import (
+    NoRoom,
+    SnapshotFailed,
+    Stopped,
+    WorkFiles,
+    check_room,
+    pack,
+    stoppable,
+    unpack,
+)
+
+ID, OTHER = "20261124T074500Z-7-1a2b3c4d", "20261124T074501Z-7-1a2b3c4d"
+
+
+def ignore(done: int, total: int) -> None:
+    pass
+
+
+def content(path: Path, size: int = 3_000_000) -> bytes:
+    data = os.urandom(size // 2) + bytes(size - size // 2)
+    path.write_bytes(data)
+    return data
+
+
+def test_a_file_comes_back_as_it_was(tmp_path: Path) -> None:
+    data = content(tmp_path / "plain")
+    seen: list[tuple[int, int]] = []
+    packed = pack(tmp_path / "plain", tmp_path / "packed", threading.Event(), lambda *step: seen.append(step))
+    assert packed.size == len(data) == seen[-1][0] == seen[-1][1]
+    assert packed.stored_size == (tmp_path / "packed").stat().st_size < len(data)
+    unpack(tmp_path / "packed", tmp_path / "again", packed.size, threading.Event(), ignore)
+    assert (tmp_path / "again").read_bytes() == data
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "longer", "shorter"])
+def test_a_damaged_file_is_not_unpacked(tmp_path: Path, damage: str) -> None:
+    data = content(tmp_path / "plain")
+    pack(tmp_path / "plain", tmp_path / "packed", threading.Event(), ignore)
+    size = (tmp_path / "packed").stat().st_size
+    if damage == "cut":
+        os.truncate(tmp_path / "packed", size // 2)
+    elif damage == "flipped":
+        with (tmp_path / "packed").open("r+b") as file:
+            file.seek(size // 2)
+            byte = file.read(1)[0]
+            file.seek(size // 2)
+            file.write(bytes([byte ^ 8]))
+    claimed = len(data) + {"longer": 1, "shorter": -1}.get(damage, 0)
+    with pytest.raises(SnapshotFailed):
+        unpack(tmp_path / "packed", tmp_path / "again", claimed, threading.Event(), ignore)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["packed", "plain"]
+
+
+def test_work_that_nobody_waits_for_ends_and_leaves_nothing(tmp_path: Path) -> None:
+    content(tmp_path / "plain", 20_000_000)
+
+    async def main() -> None:
+        begun = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def progress(done: int, total: int) -> None:
+            loop.call_soon_threadsafe(begun.set)
+
+        task = asyncio.create_task(
+            stoppable(lambda stop: pack(tmp_path / "plain", tmp_path / "packed", stop, progress))
+        )
+        await begun.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not (tmp_path / "packed").exists(), "it went on, or left something"
+
+    asyncio.run(main())
+    stopped = threading.Event()
+    stopped.set()
+    with pytest.raises(Stopped):
+        pack(tmp_path / "plain", tmp_path / "packed", stopped, ignore)
+
+
+def test_what_a_killed_daemon_leaves_is_found_or_removed(tmp_path: Path) -> None:
+    """Also for a database whose name has wildcards in it."""
+    db = tmp_path / "app[1]*.db"
+    files, others = WorkFiles(db), WorkFiles(tmp_path / "app.db")
+    db.touch()
+    useful = [files.download(ID), files.unpacked(OTHER)]
+    useless = [
+        files.copy,
+        files.packed,
+        files.adopted,
+        Path(f"{files.unpacked(ID)}.part"),
+        Path(f"{files.copy}-journal"),
+    ]
+    foreign = [others.copy, others.download(ID), tmp_path / ".app[1]*.db.else"]
+    for path in (*useful, *useless, *foreign):
+        path.touch()
+    files.mirror.mkdir()
+    (files.mirror / "part").touch()
+    files.tidy()
+    assert sorted(tmp_path.iterdir()) == sorted([db, *useful, *foreign])
+    assert files.downloads() == [OTHER, ID]
+    files.keep_only(ID)
+    assert sorted(tmp_path.iterdir()) == sorted([db, files.download(ID), *foreign])
+
+
+def test_a_disk_without_room_is_told_from_one_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_room(tmp_path, 1, "nothing")
+    disk = os.statvfs(tmp_path)
+    free = disk.f_bavail * disk.f_frsize
+    with pytest.raises(NoRoom, match="make room"):
+        check_room(tmp_path, free + 1, "a snapshot")
+    monkeypatch.setattr(workfiles, "ROOM_LEFT_BYTES", free)
+    with pytest.raises(NoRoom):
+        check_room(tmp_path, 1 << 30, "a snapshot")
