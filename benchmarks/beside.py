@@ -1,8 +1,8 @@
 """An application in a process of its own that inserts a row every few milliseconds, and how long each one took.
 
 The process: `python -m benchmarks.beside DATABASE TABLE FIRST_ID PAUSE_S`. It waits for database and table, writes
-until its standard input is closed, and prints two lists as JSON: when each write began (seconds of CLOCK_MONOTONIC,
-which all processes of a machine share) and how long it took.
+until its standard input is closed, and prints as JSON, for each write: when it began (seconds of CLOCK_MONOTONIC,
+which all processes of a machine share), how long it took, and how long of that it waited for the database's lock.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ _LOOK_S = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """at: when it began, by time.monotonic(); took_s: until its commit returned."""
+    """at: when it began, by time.monotonic(); took_s: until its commit returned; waited_s: of that, for the lock. The
+    rest is the disk's: whoever commits may have to copy the write-ahead log into the database."""
 
     at: float
     took_s: float
+    waited_s: float
 
 
 class Beside:
@@ -61,7 +63,7 @@ class Beside:
 def main() -> int:
     """See above."""
     path, table, first, pause_s = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
-    writes: list[tuple[float, float]] = []
+    writes: list[tuple[float, float, float]] = []
     connection = _when_there(path, table)
     if connection is not None:
         sql = INSERT.format(name=table)
@@ -69,8 +71,11 @@ def main() -> int:
             while not _ended(pause_s):
                 (reading,) = INTEGER_KEY.readings(first + len(writes), 1)
                 began = time.monotonic()
+                connection.execute("BEGIN IMMEDIATE")
+                locked = time.monotonic()
                 connection.execute(sql, reading)
-                writes.append((began, time.monotonic() - began))
+                connection.execute("COMMIT")
+                writes.append((began, time.monotonic() - began, locked - began))
     print(json.dumps(writes))
     return 0
 

@@ -271,9 +271,13 @@ def _felt(name: str, writes: Sequence[Write], watch: _Watch | None) -> Iterator[
     slow = sorted((write for write in writes if 1000 * write.took_s > WRITE_AIM.limit), key=lambda write: -write.took_s)
     detail = f"{len(writes):,} writes, p99 {percentile(waits, 0.99):.1f} ms; {len(slow)} above {WRITE_AIM.limit:.0f} ms"
     if slow and watch is not None:
-        longest = ", ".join(f"{1000 * write.took_s:.0f} ({watch.step_at(write.at) or 'at rest'})" for write in slow[:5])
-        detail += f": {longest}"
+        longest = [f"{_told(write)} {watch.step_at(write.at) or 'at rest'}" for write in slow[:5]]
+        detail += f": {', '.join(longest)}"
     yield Figure(f"{name}: longest write of the application", max(waits), "ms", WRITE_AIM if watch else None, detail)
+
+
+def _told(write: Write) -> str:
+    return f"{1000 * write.took_s:.0f} ({1000 * write.waited_s:.0f} for the lock)"
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,8 +57,8 @@ def run(config: Config, reload: Callable[[], Config] | None = None) -> int:
     """Run until SIGTERM or SIGINT. Returns the exit code. reload: reads the configuration anew, for SIGHUP; raises
     ConfigError."""
     logs.setup(verbose=config.logging.verbose, format=config.logging.format)  # type: ignore[arg-type]
-    daemon = Daemon(config, reload or (lambda: load(config.file)))
     try:
+        daemon = Daemon(config, reload or (lambda: load(config.file)))
         code = asyncio.run(daemon.main())
         if daemon.start_again:
             # The same process begins anew, as a supervisor sees it: nothing of the old file is left in it.
@@ -67,7 +67,8 @@ def run(config: Config, reload: Callable[[], Config] | None = None) -> int:
     except AlreadyRunning as error:
         log.error("not started", extra={"fields": {"reason": str(error)}})
         return 1
-    except (SettingsError, ValueError) as error:
+    except SettingsError as error:
+        # Not for other errors: a service manager does not start it again after 2.
         log.error("wrong configuration", extra={"fields": {"error": str(error)}})
         return 2
 

@@ -20,6 +20,9 @@ from harmonylite.uplink import Uplink
 # So many children in a row that died within a minute: the server cannot help itself.
 DYING = 3
 
+# A lag is shown that long after the group it was measured with, or as long as there is something to read.
+LAG_LASTS_S = 15.0
+
 
 class Reporter:
     """`current` is cheap and may be a little old; `refresh` asks the database.
@@ -84,6 +87,7 @@ class Reporter:
             uptime_seconds=int(time.monotonic() - self._started),
             db_path=str(config.db_path),
             db_connected=self.database_error is None,
+            db_error=self.database_error,
             nats_connected=connection.connected,
             offline_since=None if offline is None else rfc3339(offline),
             nats_url=self._url(),
@@ -97,7 +101,7 @@ class Reporter:
             parked_rows=self._parked,
             unkeyed_rows=self._unkeyed,
             conflicts=engine.replica.conflicts_total,
-            lag_seconds=engine.lag_s,
+            lag_seconds=self._lag(),
             clock_offset_seconds=engine.time.offset_s(),
             positions=tuple(
                 StreamPosition(stream, sequence, self._progress.ends.get(stream))
@@ -116,6 +120,11 @@ class Reporter:
             faults=[text for text in (self.fault, self._connection.duplicate) if text],
             concerns=[*self._concerns()],
         )
+
+    def _lag(self) -> float | None:
+        positions, ends = self._progress.positions, self._progress.ends
+        behind = any(ends.get(stream, 0) > sequence for stream, sequence in positions.items())
+        return present_lag(self._engine.lag_s, time.monotonic() - self._engine.lag_measured, behind=behind)
 
     def line(self) -> str:
         """What `systemctl status` shows."""
@@ -156,3 +165,10 @@ class Reporter:
 
 def _time(seconds: float | None) -> str | None:
     return None if seconds is None else rfc3339(seconds)
+
+
+def present_lag(last_s: float | None, age_s: float, *, behind: bool) -> float | None:
+    """The lag of the last group, measured `age_s` ago: once all has been read and no more comes, there is none."""
+    if last_s is None or behind or age_s < LAG_LASTS_S:
+        return last_s
+    return 0.0

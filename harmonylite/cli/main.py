@@ -74,6 +74,10 @@ def main(arguments: Sequence[str]) -> int:
     except (Failure, DatabaseUnreadable, ControlError) as error:
         warn(str(error))
         return FAILED
+    except PermissionError as error:
+        what = error.filename if isinstance(error.filename, str) else "a file"
+        warn(f"{what}: {error.strerror or 'permission denied'}; ask as root, or as the user that the daemon runs as")
+        return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:

@@ -179,7 +179,7 @@ async def _opened(config: Config, *, mirror: bool) -> AsyncIterator[SnapshotStor
             except Failure as failure:
                 if not config.snapshot.mirror:
                     raise
-                warn(f"{failure}; the mirror is used")
+                warn(f"{failure}; meanwhile the mirror is read")
                 mirror = True
         if store is None:
             if mirror:

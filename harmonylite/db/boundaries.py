@@ -26,6 +26,10 @@ class Boundaries:
         """Any thread. In one view of the database the state's batch and the logs' ends were these."""
         self._sighted.append((batch, ends))
 
+    def forget(self) -> None:
+        """The state's batch moves on without an absorb: if the last one was rolled back, it would not be noticed."""
+        self._batch = -1
+
     def next(self, batch: int, before_first: Ends, ends: Ends, limit: int) -> Ends:
         """Up to where rows belong together: the last boundary within `limit` rows, else the first one.
 

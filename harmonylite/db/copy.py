@@ -113,7 +113,7 @@ class Copy:
 
     def _write(self, progress: Report, cancelled: Callable[[], bool]) -> None:
         page_bytes = sql.integer(self._source, "PRAGMA page_size")
-        with contextlib.closing(apsw.Connection(str(self._target))) as target:
+        with contextlib.closing(apsw.Connection(str(self._target))) as target, _to_disk(self._target) as flush:
             # A torn copy is thrown away, whatever tore it: it needs no journal.
             target.execute("PRAGMA journal_mode=OFF")
             target.execute("PRAGMA synchronous=OFF")
@@ -124,6 +124,7 @@ class Copy:
                     if cancelled():
                         raise CopyCancelledError("the copy was given up")
                     done = backup.step(STEP_PAGES)
+                    flush()
                     progress((backup.pagecount - backup.remaining) * page_bytes, backup.pagecount * page_bytes)
             finally:
                 backup.close(True)
@@ -212,6 +213,20 @@ def _integrity(connection: apsw.Connection) -> str | None:
 def _complaint(connection: apsw.Connection, what: str) -> str | None:
     found = str(sql.scalar(connection, f"PRAGMA integrity_check({what})"))
     return None if found == "ok" else found
+
+
+@contextlib.contextmanager
+def _to_disk(path: Path) -> Iterator[Callable[[], None]]:
+    """Writes back what a file got since the last call. At the end, all in one go, the disk would be busy for so long
+    that the application's own commits wait, when they copy the write-ahead log into the database.
+
+    Closing the descriptor drops SQLite's locks on the file: only for one that nobody else opens.
+    """
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        yield lambda: os.fdatasync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _settle(path: Path) -> None:

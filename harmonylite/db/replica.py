@@ -489,6 +489,7 @@ class Replica:
 
     def use_batch(self) -> None:
         """Writer, inside `transaction`. `next_batch` was given to rows."""
+        self._absorber.boundaries.forget()
         self._database.state = replace(self._state, batch=self.next_batch)
 
     def transaction(self) -> contextlib.AbstractContextManager[None]:
@@ -613,6 +614,7 @@ class Replica:
         ]
         if lows:
             versions.join(self._writer, min(lows), batch)
+            self._absorber.boundaries.forget()
             self._database.state = replace(self._state, batch=batch)
 
     def prune_tombstones(self, server_ms: int) -> int:

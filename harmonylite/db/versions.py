@@ -118,7 +118,7 @@ class Absorber:
 
     def __init__(self, schema: Schema, node_id: int, captured: Container[str] | None = None) -> None:
         self._node_id = node_id
-        self._boundaries = Boundaries()
+        self.boundaries = Boundaries()
         self._statements = tuple(Absorb.of(table) for table in schema.tables.values())
         self.evictions = Evictions(
             table for name, table in schema.tables.items() if captured is None or name in captured
@@ -152,7 +152,7 @@ class Absorber:
         todo: list[tuple[Absorb, int]] = []
         ends = self._ends(connection)
         starts = {name: integer(connection, f"SELECT min(seq) FROM {log_table(name)}") - 1 for name in ends}
-        boundary = self._boundaries.next(state.batch, starts, ends, limit)
+        boundary = self.boundaries.next(state.batch, starts, ends, limit)
         taken, whole = 0, True
         for each in self._statements:
             end = boundary.get(each.table.name, 0)
@@ -185,7 +185,7 @@ class Absorber:
             open_floor_ms=0 if whole else newest,
         )
         drained = whole and boundary == ends
-        self._boundaries.absorbed(batch, {each.table.name: end for each, end in todo})
+        self.boundaries.absorbed(batch, {each.table.name: end for each, end in todo})
         return Absorbed(taken, batch, drained, tuple(each.table for each, _ in todo)), after
 
     def _ends(self, connection: apsw.Connection) -> dict[str, int]:
@@ -193,7 +193,7 @@ class Absorber:
 
     def sight(self, connection: apsw.Connection) -> None:
         """On another thread than `absorb`'s, inside a read transaction: remember where transactions end now."""
-        self._boundaries.sighted(integer(connection, tables.META_VALUE, ("batch",)), self._ends(connection))
+        self.boundaries.sighted(integer(connection, tables.META_VALUE, ("batch",)), self._ends(connection))
 
     def _absorb_table(
         self,

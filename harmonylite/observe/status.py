@@ -52,7 +52,7 @@ class NodeStatus:
     lag_seconds: commit on the writer to commit here, of the last group applied; None before the first.
     clock_offset_seconds: this node's clock minus the server's; None when never measured.
     catch_up: what is being done about messages that this node missed, how far it is; None when it missed none.
-    unkeyed_rows: with NULL in their primary key, as counted last.
+    unkeyed_rows: with NULL in their primary key, as counted last. db_error: why the database is not connected.
     `status` and `reasons` are what `judge` says; before it has spoken, a node counts as unhealthy.
     """
 
@@ -83,6 +83,7 @@ class NodeStatus:
     last_published_event_timestamp: str | None
     snapshot: SnapshotInfo | None
     unkeyed_rows: int = 0
+    db_error: str | None = None
     reasons: tuple[str, ...] = ("not judged yet",)
 
     def to_json(self) -> dict[str, Any]:
@@ -142,7 +143,8 @@ def judge(
     """
     grave = []
     if not node.db_connected:
-        grave.append(f"database unreachable: {node.db_path}")
+        why = f": {node.db_error}" if node.db_error else ""
+        grave.append(f"database unreachable: {node.db_path}{why}")
     elif capture_wanted and not node.cdc_installed:
         grave.append("capture is not installed: local changes are not replicated")
     if server_keeps_dying:

@@ -200,7 +200,9 @@ class SnapshotKeeper:
             newest = self._state.newest
             is_new = newest is not None and newest.id != seen and self._state.trouble is None
             due = is_new or time.monotonic() > not_before
-            if due and newest is not None and self._is_mirroring(link, newest):
+            if newest is not None and not self._is_mirroring(link, newest):
+                self._state.trouble = None  # whoever took the newest copies it with all before it, and says if it cannot
+            elif due and newest is not None:
                 try:
                     self._files.mirror.mkdir(exist_ok=True)
                     copied = await link.store.mirror(self._files.mirror)

@@ -59,7 +59,7 @@ async def merge_snapshot(engine: Engine, snapshot: Path, manifest: Manifest, pro
         await engine.write(merger.open)
         while (work := await stoppable(lambda _: merger.find())) is not None:
             if not work.empty:
-                await engine.write(partial(write, work))
+                await engine.write_gently(partial(write, work))
             progress(merger.progress.done, merger.progress.total)
         report = await engine.write(lambda: merger.finish(clock.bound_ms(), clock.correction))
         await set_joined(engine)
@@ -73,7 +73,7 @@ async def publish_again(engine: Engine, position: Position, progress: Progress) 
     """Everything here is pending again, whoever wrote it, at the versions it has; reading goes on at `position` once
     all of it is marked."""
     marking = Marking(engine.replica)
-    while await engine.write(marking.step):
+    while await engine.write_gently(marking.step):
         progress(marking.looked_at, 0)
     await engine.write(lambda: marking.finish(position))
 
@@ -81,7 +81,7 @@ async def publish_again(engine: Engine, position: Position, progress: Progress) 
 async def mark_all(engine: Engine, progress: Progress) -> None:
     """As `publish_again`, reading going on where it is."""
     marking = Marking(engine.replica)
-    while await engine.write(marking.step):
+    while await engine.write_gently(marking.step):
         progress(marking.looked_at, 0)
 
 

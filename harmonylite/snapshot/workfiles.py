@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import zstandard
 
@@ -154,7 +154,7 @@ def pack(source: Path, target: Path, stop: threading.Event, progress: Progress) 
             written = 0
             for piece in pieces:
                 digest.update(piece)
-                packed.write(piece)
+                _write(packed, piece)
                 written += len(piece)
             return written
 
@@ -182,7 +182,7 @@ def unpack(source: Path, target: Path, size: int, stop: threading.Event, progres
                 done += len(chunk)
                 if done > size:
                     break
-                plain.write(chunk)
+                _write(plain, chunk)
                 progress(done, size)
         except zstandard.ZstdError as error:
             raise SnapshotFailed(f"{source.name} cannot be unpacked: {error}") from None
@@ -199,6 +199,13 @@ def _unfinished(path: Path) -> Iterator[None]:
     except BaseException:
         path.unlink(missing_ok=True)
         raise
+
+
+def _write(file: BinaryIO, data: bytes) -> None:
+    """To the disk at once: a gigabyte written back in one go makes the application's own commits wait for it."""
+    file.write(data)
+    file.flush()
+    os.fdatasync(file.fileno())
 
 
 def _sync(descriptor: int) -> None:

@@ -143,7 +143,8 @@ class ExpiringBucket:
             "name": self._stream,
             "subjects": [self._subject(">")],
             "retention": "limits",
-            "storage": "file",
+            # Renewed every few seconds, worth nothing after its TTL: no reason to write to a card all day.
+            "storage": "memory",
             "discard": "new",
             "max_msgs_per_subject": 1,
             "max_msg_size": _MAX_VALUE_BYTES,

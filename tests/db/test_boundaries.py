@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import apsw
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from harmonylite.db import versions
 from harmonylite.db.boundaries import Boundaries
+from harmonylite.db.marking import Marking
 from tests.db.conftest import MakeNode
 from tests.db.harness import Node
 
@@ -120,3 +123,25 @@ def test_an_open_snapshot_sees_nothing_new(make: MakeNode) -> None:
     assert pinned is not None
     node.replica.sight(on_writer=False)
     assert len(list(pinned)) == 1
+
+
+def test_i7_boundaries_of_an_absorb_that_was_rolled_back_are_forgotten(make: MakeNode) -> None:
+    """Else marking takes the batch that was given up, and the transaction is cut where that absorb had come to."""
+    node = make(1, BOTH)
+    insert(node, 1, 1, "t")
+    node.replica.absorb()
+    [group] = node.outgoing()
+    node.replica.mark_published(group.through)
+    insert(node, 10, versions.ABSORB_ROWS, "t", "u")  # t's half alone fills a piece
+    replica = node.replica
+    with pytest.raises(apsw.FullError), replica.transaction():
+        replica._absorb(None)
+        raise apsw.FullError("at the commit")
+    marking = Marking(replica)
+    while marking.step():
+        pass
+    assert marking.marked == 1
+    # In one group, not cut where the absorb that failed had come to.
+    sent = node.outgoing()
+    [whole] = [each for each in sent if len(each.group) >= versions.ABSORB_ROWS]
+    assert len(whole.group) >= 2 * versions.ABSORB_ROWS

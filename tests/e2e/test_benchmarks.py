@@ -46,6 +46,19 @@ def test_bytes_in_the_stream_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_catching_up_is_measured_for_every_kind_of_device(tmp_path: Path) -> None:
+    """A benchmark that compares the device's rows with the hub's, and fails if they are not the same."""
+    _, figures = run(tmp_path, "catchup")
+    found = {str(figure["name"]): figure["value"] for figure in figures["catchup"]}
+    stored = [figure for figure in figures["catchup"] if figure["name"] == "snapshot: database"]
+    assert 3 < stored[0]["value"] < 6, "20,000 rows of 200 bytes"  # type: ignore[operator]
+    for device in ("new, no file", "missed 2,000 changes", "new, with the schema"):
+        assert 0 < found[f"{device}: over the link"] < 6, "MB"  # type: ignore[operator]
+        assert found[f"{device}: peak memory of the daemon"] > 20  # type: ignore[operator]
+        assert found[f"{device}: longest write of the application"] > 0  # type: ignore[operator]
+
+
+@pytest.mark.slow
 def test_cost_of_capture_is_measured_for_every_kind_of_table(tmp_path: Path) -> None:
     _, figures = run(tmp_path, "write")
     names = [str(figure["name"]) for figure in figures["write"]]

@@ -67,7 +67,7 @@ def repositories() -> Iterator[Path]:
         yield Path(kept)
         return
     CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE, prefix="packages-") as name:
+    with tempfile.TemporaryDirectory(dir=CACHE, prefix=f"packages-{os.getpid()}-") as name:
         folder = Path(name)
         folder.chmod(0o755)
         _make_repositories(folder)

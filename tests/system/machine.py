@@ -452,6 +452,9 @@ def _remove_stale() -> None:
     for folder in CACHE.glob("machines/*"):
         if not Path(f"/proc/{folder.name}").exists():
             shutil.rmtree(folder, ignore_errors=True)
+    for folder in CACHE.glob("packages-*"):
+        if not Path(f"/proc/{folder.name.split('-')[1]}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
     for group in Path("/sys/fs/cgroup").glob("**/harmonylite-test-*"):
         if not Path(f"/proc/{group.name.split('-')[2]}").exists():
             for members in group.rglob("cgroup.procs"):

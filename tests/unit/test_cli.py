@@ -86,6 +86,21 @@ def test_status_of_the_cluster_needs_the_daemon(cli: Any) -> None:
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", ["status", "parked"])
+def test_a_database_behind_a_closed_folder_is_one_line(
+    cli: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    def closed(path: Path, **_: object) -> os.stat_result:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    # Root, who may run this, passes every closed folder.
+    monkeypatch.setattr("harmonylite.db.inspect._has_wal", closed)
+    code, out, err = cli(command)
+    assert (code, out) == (1, "")
+    assert str(folder / "app.db") in err and "Permission denied; ask as root" in err
+    assert err.count("\n") == 1 and "HARMONYLITE_DEBUG" not in err
+
+
 def test_status_of_a_missing_database_is_one_line(cli: Any, folder: Path) -> None:
     (folder / "app.db").unlink()
     code, out, err = cli("status")

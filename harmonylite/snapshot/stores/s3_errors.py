@@ -23,7 +23,7 @@ _CREDENTIALS = {
     "AccessDenied": "denies access: check [snapshot.s3] access_key; it must list, get, put and delete objects",
     "AllAccessDisabled": "has disabled all access to the bucket",
     "AccountProblem": "has a problem with the account",
-    "NoSuchBucket": "has no such bucket: create it, or correct [snapshot.s3] bucket",
+    "NoSuchBucket": "does not exist: create it, or correct [snapshot.s3] bucket",
     "InvalidBucketName": "takes no such name for a bucket: correct [snapshot.s3] bucket",
     "PermanentRedirect": "says that the bucket is in another region: set [snapshot.s3] region (and endpoint)",
     "AuthorizationHeaderMalformed": "expects another region: set [snapshot.s3] region",
