@@ -137,6 +137,12 @@ class Reporter:
         yield from filter(None, (progress.hole, progress.error, self._engine.last_error))
         yield from progress.refused.values()
         yield from self._snapshots.concerns()
+        schema = self._engine.replica.known_schema
+        if schema is not None and not schema.tables and not schema.skipped and self._parked:
+            yield (
+                f"the database has no tables, so what arrives waits; to fetch it whole, stop the daemon, move"
+                f" {self._config.db_path} away and start again"
+            )
 
     def fill_metrics(self) -> None:
         """The gauges, as they are now."""

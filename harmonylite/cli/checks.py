@@ -283,7 +283,7 @@ def snapshot_store(config: Config) -> Iterator[Check]:
         yield Check("snapshots", "warn", "switched off: a node that was offline for long cannot catch up")
         return
     if "s3" in (snapshot.store, snapshot.mirror) and importlib.util.find_spec("boto3") is None:
-        yield Check("snapshots", "fail", "S3 needs boto3", "apt install python3-boto3, or pip install 'harmonylite[s3]'")
+        yield Check("snapshots", "fail", "S3 needs boto3", "apt install python3-boto3, or pip install boto3")
     if snapshot.store == "file":
         folder = Path(snapshot.file.path)
         if not folder.is_dir() or not _writable(folder):

@@ -201,7 +201,7 @@ class SnapshotKeeper:
             is_new = newest is not None and newest.id != seen and self._state.trouble is None
             due = is_new or time.monotonic() > not_before
             if newest is not None and not self._is_mirroring(link, newest):
-                self._state.trouble = None  # whoever took the newest copies it with all before it, and says if it cannot
+                self._state.trouble = None  # who took the newest copies all, or says that it cannot
             elif due and newest is not None:
                 try:
                     self._files.mirror.mkdir(exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -332,5 +333,30 @@ def test_a_mirror_that_is_away_is_told_and_not_asked_all_the_time(
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
             assert bench.leftovers() == []
+
+    asyncio.run(main())
+
+
+def test_a_mirror_is_the_business_of_who_took_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with opened(tmp_path / "node") as node:
+            bench = Bench(node, tmp_path / "store", mirror="s3")
+            monkeypatch.setattr(keeper, "LOOK_S", 0.01)
+
+            async def mirror(*_: object) -> list[str]:
+                raise StoreUnavailable("s3.example does not answer")
+
+            bench.store.mirror = mirror  # type: ignore[method-assign]
+            await bench.keeper.save()
+            running = asyncio.create_task(bench.keeper._mirror(bench.link))
+            while bench.state.trouble is None:
+                await asyncio.sleep(0.01)
+            mine = bench.state.newest
+            assert mine is not None
+            bench.state.newest = replace(mine, id=mine.id + "x", node_id=2)
+            while bench.state.trouble is not None:  # the test's time limit ends it
+                await asyncio.sleep(0.01)
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
 
     asyncio.run(main())

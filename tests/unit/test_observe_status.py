@@ -85,6 +85,8 @@ def test_degraded_while_it_does_its_local_job(node: NodeStatus, reason: str) -> 
 def test_unhealthy_when_the_database_is_unreachable() -> None:
     judged = judge(replace(WELL, db_connected=False, cdc_installed=False))
     assert (judged.status, judged.reasons) == ("unhealthy", ("database unreachable: /var/lib/app/app.db",))
+    told = judge(replace(WELL, db_connected=False, db_error="database disk image is malformed"))
+    assert told.reasons == ("database unreachable: /var/lib/app/app.db: database disk image is malformed",)
 
 
 def test_unhealthy_when_capture_is_not_installed_although_wanted() -> None:
