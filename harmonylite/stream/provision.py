@@ -61,7 +61,7 @@ async def _ensure_stream(client: Client, settings: LogSettings, shard: int) -> S
         else:
             fields = {"stream": name, "differences": differences}
             log.warning("stream differs from the configuration, used as it is", extra={"fields": fields})
-    if (bound := _bound(settings, int(config.get("max_bytes", -1)))) is not None:
+    if (bound := bound_to_set(settings, settings.max_bytes, config)) is not None:
         changes["max_bytes"] = bound
     if changes:
         try:
@@ -119,9 +119,10 @@ def _differences(config: Mapping[str, Any], wanted: Mapping[str, object]) -> dic
     return {key: config.get(key) for key in wanted if key not in unknown and config.get(key) != wanted[key]}
 
 
-def _bound(settings: LogSettings, present: int) -> int | None:
-    """The bound that a stream should have instead of its `present` one (0 or less: none); None to leave it."""
-    wanted = settings.max_bytes
+def bound_to_set(settings: LogSettings, wanted: int, config: Mapping[str, Any]) -> int | None:
+    """The `max_bytes` that a stream of this configuration should get; None to leave it. wanted: bytes, 0 or less if
+    this node does not know."""
+    present = int(config.get("max_bytes", -1))
     if wanted <= 0 or (present > 0 and not settings.owns_store):
         return None
     return None if wanted / _TOLERATED <= present <= wanted * _TOLERATED else wanted

@@ -1,14 +1,9 @@
-"""The nodes that the cluster knows: a key-value bucket beside the log, one key per node.
-
-A bucket is a stream `KV_<bucket>` whose subjects are `$KV.<bucket>.<key>` (ADR-8). It is used through plain requests:
-the client library's own writes do not pass a JetStream domain, where the subject is `$JS.<domain>.API.$KV...`.
-https://github.com/nats-io/nats-architecture-and-design/blob/main/adr/ADR-8.md
-"""
+"""The nodes that the cluster knows: a key-value bucket beside the log, one key per node."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
+import contextlib
 import json
 import logging
 import time
@@ -19,25 +14,13 @@ from typing import Any
 
 from nats.aio.client import Client
 
-from harmonylite.stream.log import (
-    ApiError,
-    LogError,
-    LogSettings,
-    StreamMissing,
-    StreamUnavailable,
-    api_message,
-    api_request,
-    parse_time_ns,
-    raise_error,
-    stream_state,
-)
+from harmonylite.stream.bucket import Bucket, KeyTaken
+from harmonylite.stream.log import LogError, LogSettings, stream_state
 
 log = logging.getLogger(__name__)
 
 # A node that announced itself this recently is alive.
 LIVE_MS = 30_000
-# "The last message of this subject is another one": somebody else wrote the key (two codes, by server version).
-WRONG_LAST_SEQUENCE = (10071, 10164)
 # A bucket is small; the bound keeps one node from filling the hub.
 MAX_VALUE_BYTES = 64 * 1024
 # Requests under way at once when all nodes are listed.
@@ -99,41 +82,16 @@ class Registry:
     def __init__(self, client: Client, settings: LogSettings, *, run: str = _PROCESS_RUN) -> None:
         self._client = client
         self._settings = settings
-        self._bucket = f"{settings.stream_prefix}-nodes"
-        self._stream = f"KV_{self._bucket}"
+        config = {"storage": "file", "max_msg_size": MAX_VALUE_BYTES}
+        name = f"{settings.stream_prefix}-nodes"
+        self._bucket = Bucket(lambda: client, settings, name, config, what="registry")
         self._run = run
         self._held = False  # this process has announced itself
         self._revision: int | None = None  # of its last announcement, if that still is the key's last message
 
     async def ensure_bucket(self) -> None:
         """Make the bucket if it is missing. Raises StreamUnavailable, ApiError, StreamMissing (this node may not)."""
-        if await self._exists():
-            return
-        config = {
-            "name": self._stream,
-            "subjects": [f"$KV.{self._bucket}.>"],
-            "retention": "limits",
-            "storage": "file",
-            "discard": "new",
-            "max_msgs_per_subject": 1,
-            "max_msg_size": MAX_VALUE_BYTES,
-            "num_replicas": self._settings.replicas,
-            "allow_direct": True,
-            "allow_rollup_hdrs": True,
-            "deny_delete": True,
-        }
-        try:
-            await api_request(self._client, self._settings, f"STREAM.CREATE.{self._stream}", config)
-            log.info("registry created", extra={"fields": {"bucket": self._bucket}})
-        except (ApiError, StreamUnavailable) as error:
-            if await self._exists():  # another node made it since
-                return
-            if isinstance(error, ApiError):
-                raise error from None
-            raise StreamMissing(
-                f"bucket {self._bucket} does not exist and this node could not create it ({error}); "
-                "let an administrator create it"
-            ) from None
+        await self._bucket.ensure()
 
     async def announce(self, entry: NodeEntry) -> None:
         """Write this node's entry; call it more often than every LIVE_MS.
@@ -146,9 +104,7 @@ class Registry:
             self._revision = await self._last_revision(entry)
         try:
             self._revision = await self._put(entry, self._revision)
-        except ApiError as error:
-            if error.err_code not in WRONG_LAST_SEQUENCE:
-                raise
+        except KeyTaken:
             # Another instance, or an announcement of ours that was stored although it timed out.
             self._revision = None
             self._revision = await self._put(entry, await self._last_revision(entry))
@@ -162,26 +118,21 @@ class Registry:
         """
         if self._revision is None:
             return
-        try:
+        with contextlib.suppress(KeyTaken):
             await self._put(replace(entry, stopped=True), self._revision)
-        except ApiError as error:
-            if error.err_code not in WRONG_LAST_SEQUENCE:
-                raise
         self._revision, self._held = None, False
 
     async def nodes(self) -> list[NodeEntry]:
         """Every node that ever announced itself, by id. Raises StreamUnavailable, StreamMissing or ApiError."""
-        prefix = f"$KV.{self._bucket}."
         now_ms = await self._now_ms()
-        body = {"subjects_filter": f"{prefix}node.*"}
-        info = await api_request(self._client, self._settings, f"STREAM.INFO.{self._stream}", body)
+        keys = await self._bucket.keys("node.*")
         slots = asyncio.Semaphore(_PARALLEL)
 
-        async def get(subject: str) -> _Stored | None:
+        async def get(key: str) -> _Stored | None:
             async with slots:
-                return await self._get(subject.removeprefix(prefix), now_ms)
+                return await self._get(key, now_ms)
 
-        found = await asyncio.gather(*map(get, info["state"].get("subjects") or ()))
+        found = await asyncio.gather(*map(get, keys))
         entries = [stored.entry for stored in found if stored is not None and stored.entry is not None]
         return sorted(entries, key=lambda entry: entry.node_id)
 
@@ -197,44 +148,26 @@ class Registry:
             raise DuplicateNode(entry.node_id, other.hostname, other.instance_id)
         return stored.revision
 
-    async def _exists(self) -> bool:
-        try:
-            await stream_state(self._client, self._settings, self._stream)
-        except StreamMissing:
-            return False
-        return True
-
     async def _now_ms(self) -> int:
         """The server's clock; ours if the server does not say (before 2.10)."""
-        state = await stream_state(self._client, self._settings, self._stream)
+        state = await stream_state(self._client, self._settings, self._bucket.stream)
         return state.server_ms if state.server_ms is not None else int(time.time() * 1000)
 
     async def _get(self, key: str, now_ms: int) -> _Stored | None:
-        body = {"last_by_subj": f"$KV.{self._bucket}.{key}"}
+        found = await self._bucket.get(key)
+        if found is None:
+            return None
+        if not found.data:  # deleted by an operator
+            return _Stored(None, "", found.revision)
         try:
-            answer = await api_request(self._client, self._settings, f"STREAM.MSG.GET.{self._stream}", body)
-        except ApiError as error:
-            if error.code == 404:
-                return None
-            raise
-        message = answer["message"]
-        data = base64.b64decode(message.get("data") or "")
-        revision = int(message["seq"])
-        if not data:  # deleted by an operator
-            return _Stored(None, "", revision)
-        stored_ms = parse_time_ns(message["time"]) // 1_000_000
-        try:
-            fields: dict[str, Any] = json.loads(data)
-            return _Stored(_entry(fields, stored_ms, now_ms), str(fields["run"]), revision)
+            fields: dict[str, Any] = json.loads(found.data)
+            return _Stored(_entry(fields, found.stored_ms, now_ms), str(fields["run"]), found.revision)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("entry cannot be read, left out", extra={"fields": {"key": key, "error": repr(error)}})
-            return _Stored(None, "", revision)
+            return _Stored(None, "", found.revision)
 
     async def _put(self, entry: NodeEntry, revision: int) -> int:
-        """Write if the key's last message is `revision`; the new one. Raises StreamUnavailable or ApiError."""
-        subject = f"$KV.{self._bucket}.{_key(entry.node_id)}"
-        if self._settings.domain:
-            subject = f"{self._settings.api_prefix}.{subject}"
+        """Write if the key's last message is `revision` (else KeyTaken); the new one. Raises as `sign_off`."""
         data = json.dumps(
             {
                 "node_id": entry.node_id,
@@ -249,13 +182,7 @@ class Registry:
                 "stopped": entry.stopped,
             }
         ).encode()
-        headers = {"Nats-Expected-Last-Subject-Sequence": str(revision)}
-        message = await api_message(
-            self._client, subject, data, timeout_s=self._settings.api_timeout_s, headers=headers
-        )
-        ack = json.loads(message.data)
-        raise_error(f"the entry of node {entry.node_id}", ack)
-        return int(ack["seq"])
+        return await self._bucket.put(_key(entry.node_id), data, revision)
 
 
 def _key(node_id: int) -> str:

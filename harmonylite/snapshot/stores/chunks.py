@@ -35,6 +35,7 @@ from harmonylite.stream.log import (
     parse_time_ns,
     raise_error,
 )
+from harmonylite.stream.provision import bound_to_set
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +46,6 @@ PIECE_CHUNKS = 256
 
 # Error codes: https://github.com/nats-io/nats-server/blob/main/server/errors.json
 _FULL = (10023, 10047, 10077)  # insufficient resources, insufficient storage, maximum bytes exceeded
-# The size of a store follows the free disk space: a bound is put right only when it is off by more than this.
-_TOLERATED = 1.1
 # A direct get may be answered by a replica that has not caught up.
 _LAGGING_REPLICA_WAITS_S = (0.0, 0.1, 0.5)
 
@@ -212,14 +211,9 @@ class ChunkStream:
         return info
 
     async def _bound(self, config: Mapping[str, Any]) -> None:
-        """Put the stream's size right, if we know how large its server's store is: the log must not lose its room.
-
-        As `stream.provision` does it for the log.
-        """
-        wanted, present = self._max_bytes, int(config.get("max_bytes", -1))
-        if wanted <= 0 or (present > 0 and not self._settings.owns_store):
-            return
-        if wanted / _TOLERATED <= present <= wanted * _TOLERATED:
+        """Put the stream's size right, if we know how large its server's store is: the log must not lose its room."""
+        wanted = bound_to_set(self._settings, self._max_bytes, config)
+        if wanted is None:
             return
         fields: dict[str, object] = {"stream": self._name, "max_bytes": wanted}
         try:
