@@ -16,26 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harmonylite.db.copy import DamagedCopyError
+from harmonylite.db.copy import remove_database
 from harmonylite.engine import Engine
 from harmonylite.model import Position
 from harmonylite.observe.log import Repeated
+from harmonylite.snapshot.choice import USELESS
 from harmonylite.snapshot.keeper import FETCHING
 from harmonylite.snapshot.link import Link
 from harmonylite.snapshot.local import merge_snapshot, publish_again
 from harmonylite.snapshot.manifest import Manifest
 from harmonylite.snapshot.state import SnapshotState
-from harmonylite.snapshot.stores.base import CorruptSnapshot, SnapshotMissing, StoreError
-from harmonylite.snapshot.workfiles import (
-    NoRoom,
-    SnapshotFailed,
-    WorkFiles,
-    check_room,
-    megabytes,
-    remove,
-    stoppable,
-    unpack,
-)
+from harmonylite.snapshot.stores.base import StoreError
+from harmonylite.snapshot.workfiles import NoRoom, WorkFiles, megabytes, unpack_download
 from harmonylite.stream.log import LogError, StreamState
 from harmonylite.tasks import run_together, wait_first
 
@@ -45,9 +37,6 @@ log = logging.getLogger(__name__)
 LOOK_S, TROUBLE_S = 3.0, 10.0
 # After so long without a snapshot an operator is told what can be done.
 PATIENCE_S = 120.0
-
-# What is wrong with this one snapshot, so that another is used.
-_USELESS = (CorruptSnapshot, SnapshotMissing, DamagedCopyError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,16 +179,8 @@ class CatchUp:
                 self._tell(link, manifest),
                 self._fetch_and_merge(link, gap, manifest),
             )
-        except _USELESS as error:
-            self._refuse(manifest, str(error))
-
-    def _refuse(self, manifest: Manifest, reason: str) -> None:
-        self._state.refused.add(manifest.id)
-        self._files.forget(manifest.id)
-        log.error(
-            "a snapshot is damaged or gone; another one is used",
-            extra={"fields": {"id": manifest.id, "reason": reason}},
-        )
+        except USELESS as error:
+            refuse(self._files, self._state, manifest, error)
 
     async def _tell(self, link: Link, manifest: Manifest) -> None:
         """Let those who remove old snapshots know that this one is being fetched."""
@@ -299,16 +280,19 @@ async def fetch(link: Link, files: WorkFiles, state: SnapshotState, manifest: Ma
         return path
     files.keep_only(manifest.id)
     packed = files.download(manifest.id)
-    there = packed.stat().st_size if packed.exists() else 0
-    check_room(packed.parent, manifest.stored_size - there + manifest.size, f"snapshot {manifest.id}")
+    files.check_room(manifest)
     log.info("fetching a snapshot", extra={"fields": {"id": manifest.id, "size": megabytes(manifest.stored_size)}})
     await link.store.download(manifest, packed, state.catch_up(f"fetching snapshot {manifest.id}"))
-    unpacking = state.catch_up(f"unpacking snapshot {manifest.id}")
-    try:
-        await stoppable(lambda stop: unpack(packed, path, manifest.size, stop, unpacking))
-    except NoRoom:
-        raise
-    except SnapshotFailed as error:
-        raise CorruptSnapshot(str(error)) from None
-    remove(packed)
+    await unpack_download(manifest, packed, path, state.catch_up(f"unpacking snapshot {manifest.id}"))
+    remove_database(packed)
     return path
+
+
+def refuse(files: WorkFiles, state: SnapshotState, manifest: Manifest, reason: Exception) -> None:
+    """A snapshot turned out to be of no use: it is not tried again here."""
+    state.refused.add(manifest.id)
+    files.forget(manifest.id)
+    log.error(
+        "a snapshot is damaged or gone; another one is used",
+        extra={"fields": {"id": manifest.id, "reason": str(reason)}},
+    )

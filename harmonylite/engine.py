@@ -265,10 +265,6 @@ class Engine:
         """See Replica.move_position."""
         await self.write(lambda: self.replica.move_position(position))
 
-    def synced(self, server_ms: int) -> None:
-        """See Replica.note_synced."""
-        self.replica.note_synced(server_ms)
-
     # -- questions
 
     async def position(self, stream: str) -> Position | None:

@@ -216,7 +216,7 @@ class Session:
     def _note_synced(self, server_ms: int | None) -> None:
         """Everything that was in the streams at that time has taken effect here."""
         if server_ms is not None and self._progress.hole is None:
-            self._engine.synced(server_ms)
+            self._engine.replica.note_synced(server_ms)
 
     async def _bridge(self, found: GapFound) -> Position:
         """The log does not go on. Returns the position to read on from; raises BeginAgain if that has to wait until

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -17,15 +16,16 @@ from typing import Any, TypeVar
 from harmonylite.cli.command import Failure, duration, print_json, print_line, print_table, warn
 from harmonylite.cli.screen import Screen
 from harmonylite.config import Config
-from harmonylite.db.copy import DamagedCopyError, adopt_copy, clean_copy
+from harmonylite.db.copy import adopt_copy, clean_copy, remove_database
 from harmonylite.observe import control
 from harmonylite.observe.control import ControlUnavailable
 from harmonylite.observe.log import rfc3339
+from harmonylite.snapshot.choice import USELESS
 from harmonylite.snapshot.manifest import Manifest
 from harmonylite.snapshot.state import describe
 from harmonylite.snapshot.stores import open_store
-from harmonylite.snapshot.stores.base import CorruptSnapshot, SnapshotMissing, SnapshotStore, StoreError
-from harmonylite.snapshot.workfiles import NoRoom, SnapshotFailed, WorkFiles, check_room, megabytes, remove, unpack
+from harmonylite.snapshot.stores.base import SnapshotStore, StoreError
+from harmonylite.snapshot.workfiles import SnapshotFailed, WorkFiles, megabytes, unpack_download
 from harmonylite.stream.client import ClientSettings, Connection
 from harmonylite.tasks import undisturbed
 from harmonylite.wiring import TOLERANCE_MS, log_settings
@@ -111,7 +111,7 @@ async def _fetch_any(store: SnapshotStore, wanted: str | None, target: Path, nod
         try:
             await _fetch(store, manifest, target, node_id)
             return manifest
-        except (CorruptSnapshot, SnapshotMissing, DamagedCopyError) as error:
+        except USELESS as error:
             warn(f"snapshot {manifest.id} is of no use: {error}")
     raise Failure("the store holds no snapshot" if not manifests else "no snapshot is intact; see the lines above")
 
@@ -119,19 +119,10 @@ async def _fetch_any(store: SnapshotStore, wanted: str | None, target: Path, nod
 async def _fetch(store: SnapshotStore, manifest: Manifest, target: Path, node_id: int | None) -> None:
     files = WorkFiles(target)
     packed, plain = files.download(manifest.id), files.unpacked(manifest.id)
-    there = packed.stat().st_size if packed.exists() else 0
-    check_room(target.parent, manifest.stored_size - there + manifest.size, f"snapshot {manifest.id}")
+    files.check_room(manifest)
     with Screen() as screen:
         await store.download(manifest, packed, screen.progress("fetching"))
-        stop, unpacking = threading.Event(), screen.progress("unpacking")
-        try:
-            await asyncio.to_thread(unpack, packed, plain, manifest.size, stop, unpacking)
-        except NoRoom:
-            raise
-        except SnapshotFailed as error:
-            raise CorruptSnapshot(str(error)) from None
-        finally:
-            stop.set()
+        await unpack_download(manifest, packed, plain, screen.progress("unpacking"))
         try:
             screen.show("checking")
             if node_id is None:
@@ -143,8 +134,8 @@ async def _fetch(store: SnapshotStore, manifest: Manifest, target: Path, node_id
         except FileExistsError:
             raise Failure(f"{target} was made by somebody else meanwhile, and is not overwritten") from None
         finally:
-            remove(plain)
-            remove(packed)
+            remove_database(plain)
+            remove_database(packed)
 
 
 # -- the store

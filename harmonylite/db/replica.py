@@ -290,7 +290,9 @@ class Replica:
 
     def has_log(self) -> bool:
         """Writer. Whether there is anything to absorb, or the schema has changed; takes no lock."""
-        return self._has_unseen()
+        return self._database.is_stale(self._writer) or (
+            self._settings.publish and self._absorber.has_log(self._writer)
+        )
 
     def follow_schema(self) -> None:
         """Writer. Install capture for the schema as it is now, if that has changed; else takes no lock."""
@@ -544,7 +546,7 @@ class Replica:
             for _ in range(PIN_ATTEMPTS):
                 self.judge(lambda context: None, bound_ms, correction)
                 with sql.locked(self._writer):
-                    if not self._has_unseen():
+                    if not self.has_log():
                         pending = versions.count_pending(self._writer, self.schema, self._state.published_batch)
                         copy.pin(self.schema.fingerprint(), pending)
                         return copy
@@ -553,11 +555,6 @@ class Replica:
             raise
         copy.close()
         return None
-
-    def _has_unseen(self) -> bool:
-        return self._database.is_stale(self._writer) or (
-            self._settings.publish and self._absorber.has_log(self._writer)
-        )
 
     # -- time
 
@@ -606,7 +603,7 @@ class Replica:
 
     def _retime(self, change: Callable[..., int]) -> None:
         """Give pending versions other times, in a batch of their own, joined to those that they leave."""
-        batch = self._state.batch + 1
+        batch = self.next_batch
         lows = [
             low
             for table in self.schema.tables.values()
@@ -614,8 +611,7 @@ class Replica:
         ]
         if lows:
             versions.join(self._writer, min(lows), batch)
-            self._absorber.boundaries.forget()
-            self._database.state = replace(self._state, batch=batch)
+            self.use_batch()
 
     def prune_tombstones(self, server_ms: int) -> int:
         """Writer. Start the retention of tombstones that the cluster has, forget those past it. Only while connected:

@@ -6,8 +6,13 @@ from collections.abc import Mapping
 
 from nats.aio.client import Client
 
+from harmonylite.db.copy import DamagedCopyError
 from harmonylite.snapshot.manifest import Manifest
+from harmonylite.snapshot.stores.base import CorruptSnapshot, SnapshotMissing
 from harmonylite.stream.log import LogSettings, StreamState, same_log
+
+# What is wrong with one snapshot, so that another is used.
+USELESS = (CorruptSnapshot, SnapshotMissing, DamagedCopyError)
 
 
 async def why_unusable(

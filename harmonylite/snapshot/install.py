@@ -7,14 +7,16 @@ import logging
 import os
 from pathlib import Path
 
-from harmonylite.catchup import fetch
-from harmonylite.db.copy import DamagedCopyError, adopt_copy
+from harmonylite.catchup import fetch, refuse
+from harmonylite.db.copy import adopt_copy, remove_database
 from harmonylite.db.unversioned import set_copy_joined
 from harmonylite.observe.log import Repeated
+from harmonylite.snapshot.choice import USELESS
 from harmonylite.snapshot.link import Link
 from harmonylite.snapshot.state import SnapshotState
-from harmonylite.snapshot.stores.base import CorruptSnapshot, SnapshotMissing, StoreError
-from harmonylite.snapshot.workfiles import NoRoom, WorkFiles, remove
+from harmonylite.snapshot.stores.base import StoreError
+from harmonylite.snapshot.stores.files import sync_directory
+from harmonylite.snapshot.workfiles import NoRoom, WorkFiles
 from harmonylite.stream.log import LogError
 from harmonylite.wiring import TOLERANCE_MS
 
@@ -65,11 +67,8 @@ class Installer:
             try:
                 path = await fetch(link, self._files, self._state, manifest)
                 await asyncio.to_thread(self._install, path, manifest.created_ms + TOLERANCE_MS)
-            except (CorruptSnapshot, SnapshotMissing, DamagedCopyError) as error:
-                self._state.refused.add(manifest.id)
-                self._files.forget(manifest.id)
-                fields = {"id": manifest.id, "reason": str(error)}
-                log.error("a snapshot is damaged or gone; another one is used", extra={"fields": fields})
+            except USELESS as error:
+                refuse(self._files, self._state, manifest, error)
             return 0.0
         await link.lease.ensure_bucket()
         await link.lease.wanted("a new node without a database", manifests[0].id if manifests else "")
@@ -79,7 +78,7 @@ class Installer:
     def _install(self, path: Path, latest_ms: int) -> None:
         """Never in the place of a file that the application made meanwhile. latest_ms: see `adopt_copy`."""
         mine = self._files.adopted
-        remove(mine)
+        remove_database(mine)
         path.rename(mine)
         try:
             adopt_copy(mine, self._node_id, latest_ms=latest_ms)
@@ -91,10 +90,6 @@ class Installer:
                 log.info("the application has made its database itself; the snapshot is merged if need be")
                 return
         finally:
-            remove(mine)
-        descriptor = os.open(self._db_path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            remove_database(mine)
+        sync_directory(self._db_path.parent)
         log.info("first database installed from a snapshot", extra={"fields": {"db": self._db_path}})

@@ -16,6 +16,7 @@ import apsw
 
 from harmonylite import __version__, clock
 from harmonylite.config.model import Snapshot as SnapshotConfig
+from harmonylite.db.copy import remove_database
 from harmonylite.engine import Engine
 from harmonylite.observe.log import Repeated
 from harmonylite.snapshot.link import Link
@@ -30,7 +31,6 @@ from harmonylite.snapshot.workfiles import (
     check_room,
     megabytes,
     pack,
-    remove,
     stoppable,
 )
 from harmonylite.stream.lease import Lease, LeaseLost, SnapshotRequest
@@ -267,8 +267,8 @@ class SnapshotKeeper:
                 raise
             finally:
                 self._state.taking = None
-                remove(self._files.copy)
-                remove(self._files.packed)
+                remove_database(self._files.copy)
+                remove_database(self._files.packed)
             await self._release(link.lease)
             manifest = taken[0]
             await set_joined(self._engine)
@@ -318,7 +318,7 @@ class SnapshotKeeper:
         with_unversioned = await has_unversioned(engine, files.copy)
         compressing = state.take("compressing")
         packed = await stoppable(lambda stop: pack(files.copy, files.packed, stop, compressing))
-        await asyncio.to_thread(remove, files.copy)
+        await asyncio.to_thread(remove_database, files.copy)
         server_ms = engine.time.server.now_ms() or clock.wall_ms()
         manifest = Manifest(
             id=new_id(server_ms, link.settings.node_id),

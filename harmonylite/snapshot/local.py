@@ -72,10 +72,8 @@ async def merge_snapshot(engine: Engine, snapshot: Path, manifest: Manifest, pro
 async def publish_again(engine: Engine, position: Position, progress: Progress) -> None:
     """Everything here is pending again, whoever wrote it, at the versions it has; reading goes on at `position` once
     all of it is marked."""
-    marking = Marking(engine.replica)
-    while await engine.write_gently(marking.step):
-        progress(marking.looked_at, 0)
-    await engine.write(lambda: marking.finish(position))
+    await mark_all(engine, progress)
+    await engine.move_position(position)
 
 
 async def mark_all(engine: Engine, progress: Progress) -> None:

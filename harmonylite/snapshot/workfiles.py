@@ -19,7 +19,9 @@ from typing import BinaryIO, TypeVar
 
 import zstandard
 
-from harmonylite.snapshot.manifest import is_id
+from harmonylite.db.copy import remove_database
+from harmonylite.snapshot.manifest import Manifest, is_id
+from harmonylite.snapshot.stores.base import CorruptSnapshot
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
@@ -29,8 +31,6 @@ ZSTD_LEVEL = 3
 CHUNK_BYTES = 1 << 20
 # Left free for the application, whatever we do.
 ROOM_LEFT_BYTES = 16 << 20
-
-_SIDE_FILES = ("", "-wal", "-shm", "-journal")
 
 
 class SnapshotFailed(Exception):  # noqa: N818 - what happened
@@ -80,6 +80,12 @@ class WorkFiles:
         """A whole SQLite file, checked when it was unpacked."""
         return self._path(f"snapshot-{snapshot_id}")
 
+    def check_room(self, manifest: Manifest) -> None:
+        """Raises NoRoom if the disk cannot take what is missing of a snapshot, packed and unpacked."""
+        packed = self.download(manifest.id)
+        there = packed.stat().st_size if packed.exists() else 0
+        check_room(self._folder, manifest.stored_size - there + manifest.size, f"snapshot {manifest.id}")
+
     def downloads(self) -> list[str]:
         """Ids of snapshots of which there is something here, the unpacked ones first."""
         found = []
@@ -108,19 +114,13 @@ class WorkFiles:
     def forget(self, snapshot_id: str) -> None:
         """Remove everything of one snapshot."""
         for path in self._of(snapshot_id):
-            remove(path)
+            remove_database(path)
 
     def _of(self, snapshot_id: str) -> tuple[Path, Path]:
         return self.download(snapshot_id), self.unpacked(snapshot_id)
 
     def _path(self, kind: str) -> Path:
         return self._folder / f"{self._prefix}{kind}"
-
-
-def remove(path: Path) -> None:
-    """A SQLite file with what SQLite puts beside it."""
-    for side in _SIDE_FILES:
-        Path(f"{path}{side}").unlink(missing_ok=True)
 
 
 def _escaped(text: str) -> str:
@@ -164,7 +164,7 @@ def pack(source: Path, target: Path, stop: threading.Event, progress: Progress) 
             done += len(chunk)
             progress(done, size)
         stored += write(chunks.finish())  # type: ignore[no-untyped-call]
-        _sync(packed.fileno())
+        os.fsync(packed.fileno())
     return Packed(done, stored, digest.hexdigest())
 
 
@@ -188,8 +188,16 @@ def unpack(source: Path, target: Path, size: int, stop: threading.Event, progres
             raise SnapshotFailed(f"{source.name} cannot be unpacked: {error}") from None
         if done != size:
             raise SnapshotFailed(f"{source.name} is not {size} bytes unpacked")
-        _sync(plain.fileno())
+        os.fsync(plain.fileno())
         part.rename(target)
+
+
+async def unpack_download(manifest: Manifest, packed: Path, plain: Path, progress: Progress) -> None:
+    """`unpack` in a thread that ends with us. Raises CorruptSnapshot, OSError."""
+    try:
+        await stoppable(lambda stop: unpack(packed, plain, manifest.size, stop, progress))
+    except SnapshotFailed as error:
+        raise CorruptSnapshot(str(error)) from None
 
 
 @contextlib.contextmanager
@@ -206,10 +214,6 @@ def _write(file: BinaryIO, data: bytes) -> None:
     file.write(data)
     file.flush()
     os.fdatasync(file.fileno())
-
-
-def _sync(descriptor: int) -> None:
-    os.fsync(descriptor)
 
 
 def _check(stop: threading.Event) -> None:
