@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -19,16 +18,6 @@ import pytest
 from harmonylite.observe.log import MASK, Repeated, is_secret, redact, rfc3339, setup
 
 log = logging.getLogger("harmonylite.test_observe_log")
-
-
-@pytest.fixture(autouse=True)
-def restored_logging() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in (None, "harmonylite", "nats", "asyncio")]
-    before = [(one, list(one.handlers), one.level) for one in loggers]
-    yield
-    for one, handlers, level in before:
-        one.handlers[:] = handlers
-        one.setLevel(level)
 
 
 def console(*, verbose: bool = False) -> io.StringIO:
