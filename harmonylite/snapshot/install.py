@@ -16,7 +16,7 @@ from harmonylite.snapshot.link import Link
 from harmonylite.snapshot.state import SnapshotState
 from harmonylite.snapshot.stores.base import StoreError
 from harmonylite.snapshot.stores.files import sync_directory
-from harmonylite.snapshot.workfiles import NoRoom, WorkFiles
+from harmonylite.snapshot.workfiles import NoRoom, WorkFiles, stoppable
 from harmonylite.stream.log import LogError
 from harmonylite.wiring import TOLERANCE_MS
 
@@ -66,7 +66,7 @@ class Installer:
                 continue
             try:
                 path = await fetch(link, self._files, self._state, manifest)
-                await asyncio.to_thread(self._install, path, manifest.created_ms + TOLERANCE_MS)
+                await self._install(path, manifest.created_ms + TOLERANCE_MS)
             except USELESS as error:
                 refuse(self._files, self._state, manifest, error)
             return 0.0
@@ -75,7 +75,11 @@ class Installer:
         self._state.catching_up = "there is no database yet: waiting for the application to make it, or for a snapshot"
         return LOOK_S
 
-    def _install(self, path: Path, latest_ms: int) -> None:
+    async def _install(self, path: Path, latest_ms: int) -> None:
+        """To its end also when cancelled: the next installer works on the same file."""
+        await stoppable(lambda _: self._put_in_place(path, latest_ms))
+
+    def _put_in_place(self, path: Path, latest_ms: int) -> None:
         """Never in the place of a file that the application made meanwhile. latest_ms: see `adopt_copy`."""
         mine = self._files.adopted
         remove_database(mine)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 from pathlib import Path
 
 import apsw
@@ -127,6 +129,38 @@ def test_without_a_snapshot_it_asks_and_waits_for_whoever_is_first(tmp_path: Pat
             assert query(bench.db, "SELECT id FROM t") == [(7,)]
 
     asyncio.run(main())
+
+
+def test_an_installation_that_is_cancelled_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one would use the same file, and the first might link that one half-made."""
+    begun, go_on = threading.Event(), threading.Event()
+    adopt = install.adopt_copy
+
+    def slow(path: Path, node_id: int, *, latest_ms: int) -> None:
+        begun.set()
+        assert go_on.wait(10)
+        adopt(path, node_id, latest_ms=latest_ms)
+
+    async def main() -> None:
+        monkeypatch.setattr(install, "adopt_copy", slow)
+        async with opened(tmp_path / "one") as node:
+            node.write(1)
+            bench = Bench(tmp_path)
+            await bench.fill(node)
+            running = asyncio.create_task(bench.installer.run(bench.link))
+            assert await asyncio.to_thread(begun.wait, 10)
+            running.cancel()
+            done, _ = await asyncio.wait([running], timeout=0.2)
+            assert not done
+            go_on.set()
+            with contextlib.suppress(asyncio.CancelledError):
+                await running
+            assert bench.files() == ["app.db"]
+
+    try:
+        asyncio.run(main())
+    finally:
+        go_on.set()
 
 
 def test_a_damaged_snapshot_makes_no_database(tmp_path: Path) -> None:
