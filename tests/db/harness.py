@@ -44,6 +44,20 @@ class Clock:
         connection.createscalarfunction("julianday", julianday, 1)
 
 
+class Killer:
+    """An exec trace that kills, with KeyboardInterrupt, before the statement of that number; it counts over all
+    connections that it is set on."""
+
+    def __init__(self, statement: int) -> None:
+        self.left = statement
+
+    def __call__(self, *_: object) -> bool:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+        return True
+
+
 class Node:
     """`app` is the application's connection; the daemon's side is `replica`, between `start` and `stop`."""
 

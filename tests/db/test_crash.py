@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.db.conftest import MakeNode
-from tests.db.harness import EPOCH_MS, STREAM, exchange, stamp, written, wrote
+from tests.db.harness import EPOCH_MS, STREAM, Killer, exchange, stamp, written, wrote
 
 PLAIN = "CREATE TABLE t (id INTEGER PRIMARY KEY, v)"
 IDV = ("id", "v")
@@ -21,15 +21,7 @@ def test_i3_killed_at_any_statement_a_node_resumes(make: MakeNode) -> None:
             node.sql("INSERT INTO t VALUES (1, 'a'), (2, 'b')")
             node.sql("INSERT INTO u VALUES (1, 'a')")
         theirs = wrote("t", IDV, ((3, "a"), stamp(EPOCH_MS + 500, 2)), ((2, "c"), stamp(EPOCH_MS - 5, 2)))
-        left = count
-
-        def die(*_: object) -> bool:
-            nonlocal left
-            left -= 1
-            if not left:
-                raise KeyboardInterrupt
-            return True
-
+        die = Killer(count)
         node.writer.setexectrace(die)
         node.replica._reader.setexectrace(die)
         sent = []
@@ -43,7 +35,7 @@ def test_i3_killed_at_any_statement_a_node_resumes(make: MakeNode) -> None:
             position = node.replica.position(STREAM)
             node.received = position.sequence if position else 0
             assert (node.version("t", 3) is None) == (position is None), "rows and position move together"
-        finished = left > 0
+        finished = die.left > 0
         node.writer.setexectrace(None)
         node.replica._reader.setexectrace(None)
         sent += node.publish()

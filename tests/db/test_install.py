@@ -13,7 +13,7 @@ from harmonylite.db.replica import Replica, ReplicaSettings
 from harmonylite.db.tables import ForeignDatabaseError
 from harmonylite.model import Version
 from tests.db.conftest import MakeNode
-from tests.db.harness import EPOCH_MS, STREAM, Node, ours, removed, stamp, written, wrote
+from tests.db.harness import EPOCH_MS, STREAM, Killer, Node, ours, removed, stamp, written, wrote
 
 PLAIN = "CREATE TABLE t (id INTEGER PRIMARY KEY, v)"
 IDV = ("id", "v")
@@ -102,22 +102,14 @@ def test_i1_an_install_that_dies_half_way_leaves_the_application_alone(make: Mak
     node.stop()
     cleanup(node.path, everything=True, force=True)
     for count in range(1, 200):
-        left = count
-
-        def die(_: object, sql: str, __: object) -> bool:
-            nonlocal left
-            left -= 1
-            if not left:
-                raise KeyboardInterrupt
-            return True
-
-        hook = lambda connection: connection.setexectrace(die)  # noqa: E731
+        die = Killer(count)
+        hook = lambda connection, die=die: connection.setexectrace(die)  # noqa: E731
         apsw.connection_hooks.append(hook)
         try:
             replica = Replica(node.path, ReplicaSettings(1))
             replica.open()
         except (KeyboardInterrupt, apsw.SQLError):  # apsw's own savepoint, interrupted
-            assert left <= 0
+            assert die.left <= 0
             replica.close()
             if ours(node):  # it died after the commit
                 assert node.query("SELECT count(*) FROM sqlite_schema WHERE type = 'trigger'") == [(4,)]

@@ -13,7 +13,7 @@ from harmonylite.db.copy import DamagedCopyError
 from harmonylite.db.merge import Merger, Work
 from harmonylite.model import Position, RawText, Version
 from tests.db.conftest import MakeNode
-from tests.db.harness import EPOCH_MS, STREAM, Node, deleted, exchange, removed, stamp, written, wrote
+from tests.db.harness import EPOCH_MS, STREAM, Killer, Node, deleted, exchange, removed, stamp, written, wrote
 from tests.db.snapshots import copy_of, forget_before, merge, merger_of
 
 PLAIN = "CREATE TABLE t (id INTEGER PRIMARY KEY, v)"
@@ -668,15 +668,7 @@ def test_killed_at_any_step_and_run_again_the_result_is_the_same(make: MakeNode)
         forget_before(a, 2 * EPOCH_MS)
         a.sql("INSERT INTO t VALUES (9, 'waits')")
         snapshot = copy_of(a)
-        left = count
-
-        def die(*_: object) -> bool:
-            nonlocal left
-            left -= 1
-            if not left:
-                raise KeyboardInterrupt
-            return True
-
+        die = Killer(count)
         b.writer.setexectrace(die)
         try:
             merge(b, snapshot)
@@ -687,7 +679,7 @@ def test_killed_at_any_step_and_run_again_the_result_is_the_same(make: MakeNode)
             merge(b, snapshot)
         else:
             b.writer.setexectrace(None)
-        finished = left > 0
+        finished = die.left > 0
         state = (b.rows("t"), b.query('SELECT k0, ts, node, rank, deleted, batch > 0 FROM "__harmonylite__t_version"'))
         results.add(repr((state, sorted((key, reason) for _, key, _, reason, _ in b.conflicts()))))
         for each in (a, b):

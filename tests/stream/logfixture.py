@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,21 @@ class Server:
     def thaw(self) -> None:
         assert self._process is not None
         self._process.send_signal(signal.SIGCONT)
+
+
+def confined(node_may_publish: Sequence[str]) -> str:
+    """Of the configuration: `admin` (password a) may do everything, `node7` (password n) publish to these subjects."""
+    return f"""
+authorization {{
+  users: [
+    {{ user: admin, password: a }}
+    {{ user: node7, password: n, permissions: {{
+        publish: [ {", ".join(f'"{subject}"' for subject in node_may_publish)} ]
+        subscribe: [ "_INBOX_7.>" ]
+    }} }}
+  ]
+}}
+"""
 
 
 def jetstream(folder: Path) -> str:

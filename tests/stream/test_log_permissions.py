@@ -26,6 +26,7 @@ from tests.stream.logfixture import (
     STREAM,
     Server,
     client,
+    confined,
     consumer_names,
     jetstream,
     payload,
@@ -51,17 +52,6 @@ NODE_MAY_PUBLISH = [
         )
     ),
 ]
-USERS = f"""
-authorization {{
-  users: [
-    {{ user: admin, password: a }}
-    {{ user: node7, password: n, permissions: {{
-        publish: [ {", ".join(f'"{subject}"' for subject in NODE_MAY_PUBLISH)} ]
-        subscribe: [ "_INBOX_7.>" ]
-    }} }}
-  ]
-}}
-"""
 
 
 def test_a_node_without_the_permission_to_create(tmp_path: Path) -> None:
@@ -102,6 +92,6 @@ def test_a_node_without_the_permission_to_create(tmp_path: Path) -> None:
                 await registry.announce(NodeEntry(8, "abc"))
             assert (await stream_state(admin, HASTY, STREAM)).last_seq == state.last_seq
 
-    server = Server(tmp_path / "s", jetstream(tmp_path / "s") + USERS)
+    server = Server(tmp_path / "s", jetstream(tmp_path / "s") + confined(NODE_MAY_PUBLISH))
     with running(server):
         asyncio.run(scenario())
