@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.machine import describe_machine, describe_versions
 from benchmarks.nodes import Node, free_port
+from benchmarks.script import FOLDER, begin, keep
 from benchmarks.workload import BULK_ROWS, INSERT, INTEGER_KEY, connect, in_bulk, reading_bytes, wait_for
 
 _SECTOR = 512
@@ -169,25 +168,20 @@ def main() -> int:
     parser.add_argument("--rest", type=int, default=240, help="seconds of rest (240)")
     parser.add_argument("--rate", type=float, default=5.0, help="rows a second (5)")
     parser.add_argument("--sync-interval", nargs="*", default=["", "2m"], help="of the hub's server ('' 2m)")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    arguments = parser.parse_args()
-    if os.geteuid() != 0:
-        parser.error("it mounts file systems of its own: run it as root")
-    print(describe_machine(Path("/var/tmp")), describe_versions(), sep="\n")
+    arguments = begin(parser, root_because="it mounts file systems of its own")
     sizes = [reading_bytes(reading) for reading in INTEGER_KEY.readings(0, 1000)]
     print(f"a row has {sum(sizes) / len(sizes):.0f} bytes of its own\n")
     print(f"{'':<62}{'rows':>7}  {'leaf: device  daemon  server':>30}  {'hub: device  daemon  server':>30}")
     found: list[Row] = []
     runs = [("", False), *((interval, True) for interval in arguments.sync_interval)]
-    with tempfile.TemporaryDirectory(prefix="harmonylite-card-", dir="/var/tmp") as folder:
+    with tempfile.TemporaryDirectory(prefix="harmonylite-card-", dir=FOLDER) as folder:
         for number, (interval, daemons) in enumerate(runs):
             below = Path(folder, str(number))
             below.mkdir()
             for row in measure(below, interval, daemons, arguments.rest, arguments.seconds, arguments.rate):
                 found.append(row)
                 print(f"{row.what:<62}{row.rows:>7}  {_told(row.leaf, row):>30}  {_told(row.hub, row):>30}", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(row) for row in found], indent=1) + "\n")
+    keep(found, arguments)
     return 0
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import nats
 
-from benchmarks.beside import Beside, Write
+from benchmarks.beside import Beside, Hold, Write, explain, read_holds
 from benchmarks.figures import Aim, Figure, Setting, percentile
 from benchmarks.link import CountedLink
 from benchmarks.nodes import Node, free_port, memory
@@ -228,7 +228,8 @@ class _Bench:
         log = device.folder / f"{device.name}.log"
         heard = log.stat().st_size if log.exists() else 0
         carried = link.bytes
-        with self._beside(device) as application:
+        device.trace = device.folder / "holds.json"
+        with self._beside(device) as application, Beside.control(self._folder / "control") as control:
             began = time.monotonic()
             device.start()
             with _Watch(device, _catching_up) as watch:
@@ -247,10 +248,13 @@ class _Bench:
             carried = link.bytes - carried
             time.sleep(0.5)
         self._require_same(device)
+        device.stop()
         yield Figure(f"{name}: caught up after", ended - began, "s", None, watch.steps())
         yield Figure(f"{name}: over the link", carried / 1e6, "MB")
         yield Figure(f"{name}: peak memory of the daemon", watch.peak_mb, "MB RSS", MEMORY_AIM, watch.peaks())
-        yield from _felt(name, application.writes, watch)
+        yield from _felt(name, application.writes, watch, read_holds(device.trace))
+        alone = [1000 * write.took_s for write in control.writes]
+        yield Figure(f"{name}: the same without a daemon's lock", max(alone), "ms", None, f"{len(alone):,} writes")
 
     def _require_same(self, device: Node) -> None:
         """What was measured has happened: the device has all the rows of the hub."""
@@ -263,21 +267,17 @@ class _Bench:
             raise device.failure(f"not the rows of the hub: {found[1]} instead of {found[0]}")
 
 
-def _felt(name: str, writes: Sequence[Write], watch: _Watch | None) -> Iterator[Figure]:
-    """What the application felt."""
+def _felt(name: str, writes: Sequence[Write], watch: _Watch | None, holds: Sequence[Hold] = ()) -> Iterator[Figure]:
+    """What the application felt, and while what; holds: why."""
     if not writes:
         raise RuntimeError(f"{name}: the application has written nothing")
     waits = [1000 * write.took_s for write in writes]
     slow = sorted((write for write in writes if 1000 * write.took_s > WRITE_AIM.limit), key=lambda write: -write.took_s)
     detail = f"{len(writes):,} writes, p99 {percentile(waits, 0.99):.1f} ms; {len(slow)} above {WRITE_AIM.limit:.0f} ms"
     if slow and watch is not None:
-        longest = [f"{_told(write)} {watch.step_at(write.at) or 'at rest'}" for write in slow[:5]]
+        longest = [f"{explain(write, holds)} {watch.step_at(write.at) or 'at rest'}" for write in slow[:5]]
         detail += f": {', '.join(longest)}"
     yield Figure(f"{name}: longest write of the application", max(waits), "ms", WRITE_AIM if watch else None, detail)
-
-
-def _told(write: Write) -> str:
-    return f"{1000 * write.took_s:.0f} ({1000 * write.waited_s:.0f} for the lock)"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.machine import describe_machine, describe_versions
 from benchmarks.nodes import Node, cpu_seconds, free_port, memory
+from benchmarks.script import FOLDER, begin, keep
 from benchmarks.workload import INSERT, INTEGER_KEY, connect, wait_for
 
 _TABLE = "readings"
@@ -95,12 +94,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.many_leaves", description=__doc__)
     parser.add_argument("--leaves", type=int, nargs="+", default=[1, 5, 10, 20], metavar="N")
     parser.add_argument("--seconds", type=int, default=20, help="of rest, and of writing (20)")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    arguments = parser.parse_args()
-    print(describe_machine(Path("/var/tmp")), describe_versions(), sep="\n")
+    arguments = begin(parser)
     found: list[Result] = []
     for leaves in arguments.leaves:
-        with tempfile.TemporaryDirectory(prefix="harmonylite-leaves-", dir="/var/tmp") as folder:
+        with tempfile.TemporaryDirectory(prefix="harmonylite-leaves-", dir=FOLDER) as folder:
             result = measure(Path(folder), leaves, arguments.seconds)
         found.append(result)
         print(
@@ -110,8 +107,7 @@ def main() -> int:
             f" the last row everywhere after {result.last_row_s * 1000:.0f} ms",
             flush=True,
         )
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(result) for result in found], indent=1) + "\n")
+    keep(found, arguments)
     return 0
 
 

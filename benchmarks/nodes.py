@@ -136,6 +136,8 @@ class Node(_Process):
         super().__init__(folder, f"node-{node_id}")
         self.db = folder / "app.db"
         self.config = folder / "config.toml"
+        # Where the next daemon is to leave when it held the write lock; see `traced`.
+        self.trace: Path | None = None
         # TOML writes text, numbers, true and lists as JSON does.
         lines = [f"db_path = {json.dumps(str(self.db))}", f"node_id = {node_id}", "[nats]"]
         self.config.write_text(
@@ -154,7 +156,8 @@ class Node(_Process):
             address = "@" + notified.getsockname()[1:].decode()
             notified.settimeout(START_TIMEOUT_S)
             started = time.perf_counter()
-            command = [sys.executable, "-m", "harmonylite", "run", "--config", str(self.config)]
+            program = ["harmonylite"] if self.trace is None else ["benchmarks.traced", str(self.trace)]
+            command = [sys.executable, "-m", *program, "run", "--config", str(self.config)]
             self._spawn(command, {"NOTIFY_SOCKET": address})
             try:
                 while b"READY=1" not in notified.recv(4096).split(b"\n"):

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.machine import describe_machine, describe_versions
 from benchmarks.nodes import Node, free_port, memory
+from benchmarks.script import FOLDER, begin, keep
 from benchmarks.workload import INSERT, INTEGER_KEY, connect, in_bulk, wait_for
 
 _TABLE = "readings"
@@ -122,7 +121,7 @@ def measure(folder: Path, limit_mb: int, rows: int) -> Result:
 
 def run(limits: list[int], rows: int) -> Iterator[Result]:
     for limit in limits:
-        with tempfile.TemporaryDirectory(prefix="harmonylite-memory-", dir="/var/tmp") as folder:
+        with tempfile.TemporaryDirectory(prefix="harmonylite-memory-", dir=FOLDER) as folder:
             yield measure(Path(folder), limit, rows)
 
 
@@ -131,11 +130,7 @@ def main() -> int:
     parser.add_argument("--limits", type=int, nargs="+", default=[256, 128, 96, 80, 64], metavar="MB")
     parser.add_argument("--rounds", type=int, default=3, help="with each limit (3)")
     parser.add_argument("--rows", type=int, default=100_000, help="on either side (100,000)")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    arguments = parser.parse_args()
-    if os.geteuid() != 0:
-        parser.error("it makes cgroups: run it as root")
-    print(describe_machine(Path("/var/tmp")), describe_versions(), sep="\n")
+    arguments = begin(parser, root_because="it makes cgroups")
     found: list[Result] = []
     for limit in (limit for limit in arguments.limits for _ in range(arguments.rounds)):
         try:
@@ -149,8 +144,7 @@ def main() -> int:
             f" {result.killed} killed; then daemon {result.daemon_rss:.0f} MB, server {result.server_rss:.0f} MB",
             flush=True,
         )
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(result) for result in found], indent=1) + "\n")
+    keep(found, arguments)
     return 0
 
 

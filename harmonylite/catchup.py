@@ -12,29 +12,34 @@ import asyncio
 import contextlib
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from harmonylite.db.copy import remove_database
+import apsw
+
+from harmonylite import clock
+from harmonylite.db.copy import DamagedCopyError, DamagedDatabaseError
 from harmonylite.engine import Engine
 from harmonylite.model import Position
 from harmonylite.observe.log import Repeated
-from harmonylite.snapshot.choice import USELESS
-from harmonylite.snapshot.keeper import FETCHING
+from harmonylite.snapshot.choice import USELESS, log_knows_since_ms
+from harmonylite.snapshot.fetching import fetch, refuse
 from harmonylite.snapshot.link import Link
 from harmonylite.snapshot.local import merge_snapshot, publish_again
-from harmonylite.snapshot.manifest import Manifest
+from harmonylite.snapshot.manifest import Manifest, in_order
 from harmonylite.snapshot.state import SnapshotState
 from harmonylite.snapshot.stores.base import StoreError
-from harmonylite.snapshot.workfiles import NoRoom, WorkFiles, megabytes, unpack_download
+from harmonylite.snapshot.workfiles import NoRoom, SnapshotFailed, WorkFiles
 from harmonylite.stream.log import LogError, StreamState
-from harmonylite.tasks import run_together, wait_first
+from harmonylite.tasks import cancelled, wait_first
 
 log = logging.getLogger(__name__)
 
 # Between two looks for a snapshot, and after a store or a disk that refused.
 LOOK_S, TROUBLE_S = 3.0, 10.0
+# A database that is damaged does not mend itself: the pause after each try is twice as long, up to this.
+DAMAGED_S = 600.0
 # After so long without a snapshot an operator is told what can be done.
 PATIENCE_S = 120.0
 
@@ -42,12 +47,13 @@ PATIENCE_S = 120.0
 @dataclass(frozen=True, slots=True)
 class Gap:
     """Where a stream does not go on. lost: acknowledged messages are gone from it, or it is another stream; needed:
-    the last message that is missing here, as far as known."""
+    the last message that is missing here, as far as known; in_step: nothing is, there is no gap."""
 
     stream: str
     reason: str
     lost: bool
     needed: int
+    in_step: bool = False
 
 
 class CatchUp:
@@ -58,14 +64,17 @@ class CatchUp:
         self._files = files
         self._state = state
         self._lock = asyncio.Lock()
+        self._merging: asyncio.Task[None] | None = None
+        self._removing: asyncio.Task[None] | None = None
         self._bridging = 0
         self._declared = asyncio.Event()
+        self._damaged_s = self._not_before = 0.0
         self._trouble = Repeated(log, 600.0)
 
     @property
     def busy(self) -> bool:
         """Whether a snapshot is being merged, or waited for."""
-        return self._lock.locked()
+        return self._lock.locked() or self._merging is not None
 
     @property
     def bridging(self) -> bool:
@@ -79,15 +88,18 @@ class CatchUp:
     def caught_up(self) -> None:
         """All streams were read to their ends."""
         self._declared.clear()
-        if not self.busy:
-            self._files.keep_only(None)
+        if not self.busy and self._files.downloads():
+            self._removing = asyncio.ensure_future(self._files.keep_only(None))
+
+    async def close(self) -> None:
+        """End what goes on without a connection."""
+        await cancelled(self._merging)
+        await cancelled(self._removing)
 
     async def bridge(self, link: Link, gap: Gap) -> bool:
         """Returns when reading can go on from the database's position. Whether the log has to be filled again, so
-        that everybody publishes much at the same time.
-
-        Raises LogError when the log cannot be asked; the next call goes on with what is there.
-        """
+        that everybody publishes much at the same time. Raises LogError when the log cannot be asked; the next call
+        goes on with what is there."""
         self._bridging += 1
         self._engine.metrics.catching_up.set(1)
         try:
@@ -97,27 +109,36 @@ class CatchUp:
                     await self._withdraw(link)
                     return refilled
                 finally:
-                    self._state.caught_up()
+                    self._told()
         finally:
             self._bridging -= 1
-            self._engine.metrics.catching_up.set(int(self.bridging))
+            self._engine.metrics.catching_up.set(int(self.bridging or self._merging is not None))
 
-    async def merge_another(self, link: Link) -> bool:
-        """Merge a snapshot although nothing is missing (see `snapshot.join`); False if there is none to use.
+    async def merge_another(self, link: Link, *, in_step: bool = True) -> bool:
+        """Merge a snapshot although there is no gap (see `snapshot.join`); False if there is none to use. in_step: as
+        in Gap.
 
-        Raises StoreError, LogError, NoRoom, OSError.
+        Raises StoreError, LogError, SnapshotFailed, OSError.
         """
         async with self._lock:
             try:
-                gap = Gap("", "", lost=False, needed=0)
-                manifest = await self._choose(link, gap, await link.store.list())
+                await self._merged()
+                await self._sit_out_damage()
+                gap = Gap("", "", lost=False, needed=0, in_step=in_step)
+                manifest = await self._choose(link, gap, await self._list(link))
                 if manifest is None:
                     return False
                 await self._use(link, gap, manifest)
                 await self._withdraw(link)
-                return manifest.id not in self._state.refused
+                if self._state.damage:
+                    raise SnapshotFailed(self._state.damage)
+                return not self._state.is_refused(manifest)
             finally:
-                self._state.caught_up()
+                self._told()
+
+    def _told(self) -> None:
+        if self._merging is None:  # else it goes on, and says how far it is
+            self._state.caught_up()
 
     @staticmethod
     async def _withdraw(link: Link) -> None:
@@ -127,27 +148,54 @@ class CatchUp:
 
     async def _bridge(self, link: Link, gap: Gap) -> bool:
         begun = time.monotonic()
-        while not await self._is_bridged(link, gap):
-            trouble = None
+        while True:
             try:
-                manifests = await link.store.list()
-                self._state.newest = manifests[0] if manifests else None
-                if (manifest := await self._choose(link, gap, manifests)) is not None:
-                    await self._use(link, gap, manifest)
-                    continue
-            except (StoreError, NoRoom, OSError) as error:
-                trouble = str(error)
-            state = (await link.states())[gap.stream]
-            if self._declared.is_set() or (gap.lost and await self._misses_nothing(link, state)):
-                await self._refill(gap, state)
-                return True
-            if trouble is not None:
-                self._state.catching_up = f"waiting: {trouble}"
-                self._trouble.warning("catching up waits", {"reason": trouble})
-                await wait_first(self._declared, timeout_s=TROUBLE_S)
-            else:
-                await self._ask(link, gap, begun)
-        return False
+                refilled = await self._try(link, gap, begun)
+            except (apsw.CorruptError, apsw.NotADBError) as error:
+                self._found_damage(DamagedDatabaseError(self._engine.replica.path, error))
+                continue
+            if refilled is not None:
+                return refilled
+
+    async def _try(self, link: Link, gap: Gap, begun: float) -> bool | None:
+        """One look, one snapshot, or one short wait. As `bridge`; None: not bridged yet."""
+        await self._merged()
+        await self._sit_out_damage()
+        if await self._is_bridged(link, gap):
+            return False
+        trouble = None
+        try:
+            manifests = await self._list(link)
+            self._state.newest = manifests[0] if manifests else None
+            if (manifest := await self._choose(link, gap, manifests)) is not None:
+                await self._use(link, gap, manifest)
+                return None
+        except (StoreError, NoRoom, OSError) as error:
+            trouble = str(error)
+        state = (await link.states())[gap.stream]
+        unknown = await self._why_not_complete(link, gap, state)
+        if self._declared.is_set() or unknown is None:
+            await self._refill(gap, state)
+            return True
+        if trouble is not None:
+            self._state.catching_up = f"waiting: {trouble}"
+            self._trouble.warning("catching up waits", {"reason": trouble})
+            await wait_first(self._declared, timeout_s=TROUBLE_S)
+        else:
+            await self._ask(link, replace(gap, reason=unknown), begun)
+        return None
+
+    def _found_damage(self, error: DamagedDatabaseError) -> None:
+        """Of this node's own database: no other snapshot would help, and nothing else does until somebody does it."""
+        self._state.damage = str(error)
+        self._trouble.error("this node's database is damaged; it cannot catch up", {"reason": str(error)})
+        self._damaged_s = min(2 * self._damaged_s, DAMAGED_S) if self._damaged_s else TROUBLE_S
+        self._not_before = time.monotonic() + self._damaged_s
+
+    async def _sit_out_damage(self) -> None:
+        while (left_s := self._not_before - time.monotonic()) > 0:
+            self._state.catching_up = f"waiting: {self._state.damage}"
+            await asyncio.sleep(left_s)
 
     async def _is_bridged(self, link: Link, gap: Gap) -> bool:
         """Whether the database's position is one to read on from: a snapshot for another stream may have moved it."""
@@ -159,10 +207,17 @@ class CatchUp:
 
     # -- from a snapshot
 
+    async def _list(self, link: Link) -> list[Manifest]:
+        """Newest first."""
+        return in_order(await link.store.list(), self._now_ms() + self._engine.replica.tolerance_ms)
+
+    def _now_ms(self) -> int:
+        return self._engine.time.server.now_ms() or clock.wall_ms()
+
     async def _choose(self, link: Link, gap: Gap, manifests: list[Manifest]) -> Manifest | None:
         """The newest snapshot to go on from; rather one that was fetched already, or in part."""
         here = self._files.downloads()
-        known = [manifest for manifest in manifests if manifest.id not in self._state.refused]
+        known = [manifest for manifest in manifests if not self._state.is_refused(manifest)]
         states = await link.states()
         # The sort is stable: newest first among equals.
         for manifest in sorted(known, key=lambda each: each.id not in here):
@@ -175,23 +230,9 @@ class CatchUp:
     async def _use(self, link: Link, gap: Gap, manifest: Manifest) -> None:
         """Fetch a snapshot and merge it. Raises StoreError, NoRoom or OSError when that has to wait."""
         try:
-            await run_together(
-                self._tell(link, manifest),
-                self._fetch_and_merge(link, gap, manifest),
-            )
+            await self._fetch_and_merge(link, gap, manifest)
         except USELESS as error:
-            refuse(self._files, self._state, manifest, error)
-
-    async def _tell(self, link: Link, manifest: Manifest) -> None:
-        """Let those who remove old snapshots know that this one is being fetched."""
-        while True:
-            try:
-                await link.lease.ensure_bucket()
-                await link.lease.wanted(FETCHING + manifest.id, manifest.id)
-                await asyncio.sleep(link.lease.ttl_s / 3)
-            except LogError as error:
-                log.debug("fetching not announced", extra={"fields": {"error": str(error)}})
-                await asyncio.sleep(LOOK_S)
+            await refuse(self._files, self._state, manifest, error)
 
     async def _fetch_and_merge(self, link: Link, gap: Gap, manifest: Manifest) -> None:
         begun = time.monotonic()
@@ -203,16 +244,44 @@ class CatchUp:
                 "the stream has passed the snapshot that was fetched; a newer one is used",
                 extra={"fields": {"id": manifest.id, "reason": reason}},
             )
-            self._files.forget(manifest.id)
+            await self._files.forget(manifest.id)
             return
-        report = await merge_snapshot(
-            self._engine, path, manifest, self._state.catch_up(f"merging snapshot {manifest.id}")
-        )
-        if gap.lost:
-            # The log forgot what is after the snapshot, although the sequence numbers may be the same.
-            [position] = [each for each in manifest.positions if each.stream == gap.stream]
-            await self._engine.move_position(position)
-        self._files.forget(manifest.id)
+        self._merging = asyncio.ensure_future(self._merge(gap, manifest, path, begun))
+        self._merging.add_done_callback(self._end_merging)
+        await self._merged()
+
+    async def _merged(self) -> None:
+        """Wait for a merge that is under way, if there is one."""
+        if (merging := self._merging) is not None:
+            await asyncio.wait([merging])
+            merging.result()
+
+    def _end_merging(self, merging: asyncio.Task[None]) -> None:
+        self._merging = None
+        self._state.caught_up()
+        self._engine.metrics.catching_up.set(int(self.bridging))
+        if not merging.cancelled() and (error := merging.exception()) is not None:
+            # Whoever waits for it hears it, too, unless the connection was lost.
+            log.debug("merging failed", extra={"fields": {"error": str(error)}})
+
+    async def _merge(self, gap: Gap, manifest: Manifest, path: Path, begun: float) -> None:
+        """It needs no connection, and goes on without one: over a link that drops every minute it would never end.
+        The gap test of the next session tells whether the log still goes on after the snapshot."""
+        telling = self._state.catch_up(f"merging snapshot {manifest.id}")
+        try:
+            report = await merge_snapshot(self._engine, path, manifest, telling, in_step=gap.in_step)
+            if gap.lost:
+                # The log forgot what is after the snapshot, although the sequence numbers may be the same.
+                [position] = [each for each in manifest.positions if each.stream == gap.stream]
+                await self._engine.move_position(position)
+        except DamagedCopyError as error:
+            await refuse(self._files, self._state, manifest, error)
+            return
+        except DamagedDatabaseError as error:
+            self._found_damage(error)
+            return
+        self._state.damage, self._damaged_s = None, 0.0
+        await self._files.forget(manifest.id)
         fields: dict[str, Any] = {
             "id": manifest.id,
             "written": report.written,
@@ -225,14 +294,38 @@ class CatchUp:
 
     # -- without one
 
+    async def _why_not_complete(self, link: Link, gap: Gap, state: StreamState) -> str | None:
+        """What this node cannot know without a snapshot; None if it may go on without one."""
+        if not gap.lost or not await self._misses_nothing(link, state):
+            return gap.reason
+        replica = self._engine.replica
+        here = Position(state.name, state.created, 0)
+        since_ms = log_knows_since_ms([here], replica.tombstone_retention_ms, self._now_ms())
+        synced_ms = await self._engine.write(lambda: replica.completeness.synced_at_ms([here]))
+        if synced_ms < since_ms:
+            # What it published again might be rows that all the others have deleted, and forgotten that.
+            return f"{gap.reason}; this node was away for longer than deletes are remembered"
+        return None
+
     async def _misses_nothing(self, link: Link, state: StreamState) -> bool:
         """Whether all that the log holds can be read: it begins with its first message, or with one that was stored
-        before the one this node had read last (so that it has read all before it)."""
+        before the one this node had read last (so that it has read all before it).
+
+        After a power cut that lost the tail, the server's clock may begin in the past: then times say nothing, and new
+        messages that were dropped again, unread, would be missed.
+        """
         if state.first_seq <= 1:
             return True
         position = await self._engine.position(state.name)
         if position is None or position.created != state.created or not position.stored_ns:
             return False
+        behind = state.server_ms is not None and state.server_ms * 1_000_000 < position.stored_ns
+        if behind or state.first_seq > position.sequence:
+            return False
+        if state.last_seq >= position.sequence:  # that number was given out again
+            again_ns = await link.stored_ns(state, position.sequence)
+            if again_ns is None or again_ns <= position.stored_ns:
+                return False
         first_ns = await link.stored_ns(state, state.first_seq)
         return first_ns is not None and first_ns <= position.stored_ns
 
@@ -265,34 +358,6 @@ class CatchUp:
         self._state.catching_up = text
         self._trouble.warning(
             "waiting for a snapshot; this node does not go on without what it missed",
-            {
-                "stream": gap.stream,
-                "reason": gap.reason,
-            },
+            {"stream": gap.stream, "reason": gap.reason},
         )
         await wait_first(self._declared, timeout_s=min(LOOK_S, link.lease.ttl_s / 3))
-
-
-async def fetch(link: Link, files: WorkFiles, state: SnapshotState, manifest: Manifest) -> Path:
-    """The unpacked snapshot's path; goes on from what an earlier call left. Raises StoreError, NoRoom, OSError."""
-    path = files.unpacked(manifest.id)
-    if path.exists() and path.stat().st_size == manifest.size:
-        return path
-    files.keep_only(manifest.id)
-    packed = files.download(manifest.id)
-    files.check_room(manifest)
-    log.info("fetching a snapshot", extra={"fields": {"id": manifest.id, "size": megabytes(manifest.stored_size)}})
-    await link.store.download(manifest, packed, state.catch_up(f"fetching snapshot {manifest.id}"))
-    await unpack_download(manifest, packed, path, state.catch_up(f"unpacking snapshot {manifest.id}"))
-    remove_database(packed)
-    return path
-
-
-def refuse(files: WorkFiles, state: SnapshotState, manifest: Manifest, reason: Exception) -> None:
-    """A snapshot turned out to be of no use: it is not tried again here."""
-    state.refused.add(manifest.id)
-    files.forget(manifest.id)
-    log.error(
-        "a snapshot is damaged or gone; another one is used",
-        extra={"fields": {"id": manifest.id, "reason": str(reason)}},
-    )

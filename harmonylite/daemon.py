@@ -21,6 +21,7 @@ from harmonylite.config import Config, ConfigError, load
 from harmonylite.db.replica import Replica
 from harmonylite.db.tables import ForeignDatabaseError
 from harmonylite.db.watch import Watch
+from harmonylite.endings import Endings
 from harmonylite.engine import Engine
 from harmonylite.housekeeping import Housekeeper
 from harmonylite.membership import Membership
@@ -32,14 +33,15 @@ from harmonylite.observe.log import Repeated
 from harmonylite.observe.metrics import CONTENT_TYPE, Metrics
 from harmonylite.observe.notify import STARTING_S, Notifier
 from harmonylite.progress import Mode, Progress, Wakeup
-from harmonylite.replication import BeginAgain, Session
+from harmonylite.replication import Session
 from harmonylite.report import Reporter
 from harmonylite.snapshot.service import SnapshotService
 from harmonylite.stream.client import ClientSettings, Connection
+from harmonylite.stream.credentials import SettingsError
 from harmonylite.stream.log import LogError
 from harmonylite.stream.provision import ensure_streams
 from harmonylite.stream.server import BundledServer
-from harmonylite.stream.server_settings import ServerSettings, SettingsError
+from harmonylite.stream.server_settings import ServerSettings
 from harmonylite.tasks import cancelled, run_together, wait_first, wait_for
 from harmonylite.timekeeping import Timekeeper
 from harmonylite.uplink import Uplink
@@ -99,10 +101,13 @@ class Daemon:
         self._session: Session | None = None
         self._notifier = Notifier()
         self._trouble = Repeated(log, 600.0)
+        self._endings = Endings(config.db_path, self._progress)
         self._snapshots = SnapshotService(config, self._engine, self._progress, wake=self._wakeup.set)
         self._reporter = Reporter(config, self._engine, self._progress, self._uplink, self._server, self._snapshots)
         self._membership = Membership(config, self._replica, self._reporter, self._progress, self._uplink)
-        self._housekeeper = Housekeeper(config, self._engine, self._uplink, self._reporter, self._notifier)
+        self._housekeeper = Housekeeper(
+            config, self._engine, self._progress, self._uplink, self._reporter, self._notifier
+        )
 
     def _urls(self) -> tuple[str, ...]:
         if self._server is None:
@@ -235,9 +240,9 @@ class Daemon:
         self._out_of_time = time.monotonic() >= deadline
 
     async def _pending(self) -> int | None:
-        """Pending rows; None if the database does not tell."""
+        """Rows that wait for nothing but time; None if the database does not tell."""
         try:
-            return await self._engine.pending()
+            return await self._engine.pending(held=False)
         except apsw.Error as error:
             self._trouble.warning("pending rows cannot be counted", {"error": str(error)})
             return None
@@ -318,6 +323,7 @@ class Daemon:
             settings = log_settings(self._config, self._server)
             self._membership.join(client, settings)
             snapshots = self._snapshots
+            pause_s = RETRY_S
             session = self._session = Session(
                 self._engine,
                 client,
@@ -336,22 +342,11 @@ class Daemon:
                     self._membership.announce(),
                     snapshots.serve(client, settings),
                 )
-            except BeginAgain as reason:
-                log.info("replication begins again", extra={"fields": {"reason": str(reason)}})
-            except LogError as error:
-                self._progress.error = str(error)
-                self._trouble.warning("replication waits", {"reason": str(error)})
-            except Exception as error:
-                # Whatever it is, the node goes on doing its local job and tries again.
-                self._progress.error = f"{type(error).__name__}: {error}"
-                log.error(
-                    "replication failed; it starts again",
-                    exc_info=log.isEnabledFor(logging.DEBUG),
-                    extra={"fields": {"error": self._progress.error}},
-                )
+            except Exception as error:  # whatever it is, the node tries again
+                pause_s = self._endings.note(error)
             finally:
                 self._progress.publishing = False
-            await asyncio.sleep(RETRY_S if self._uplink.connected else 0)
+            await asyncio.sleep(pause_s if self._uplink.connected else 0)
 
     async def _make_streams(self) -> None:
         """Until the database is there: a hub without one serves its leaves all the same, its streams bounded."""

@@ -1,7 +1,7 @@
-"""The replica as the event loop sees it: its two worker threads, its clock and its counters.
+"""The replica as the event loop sees it: its worker threads, its clock and its counters.
 
 Each SQLite connection is used by one thread only. The writer's jobs run one after the other, so nothing else than
-them ever writes; the reader reads pinned snapshots for publishing beside them.
+them ever writes; the reader reads pinned snapshots for publishing beside them, the looker goes through whole tables.
 """
 
 from __future__ import annotations
@@ -10,22 +10,24 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 import apsw
 
-from harmonylite import clock, wire
+from harmonylite import clock
 from harmonylite.clock import ServerClock, Step
 from harmonylite.db.outbox import OutgoingGroup
-from harmonylite.db.replica import Applied, Pinned, Replica, newest_ms
+from harmonylite.db.outgoing import Pinned
+from harmonylite.db.replica import Applied, Replica
 from harmonylite.db.versions import Correction
 from harmonylite.model import Delivery, Position
 from harmonylite.observe.metrics import Metrics
 from harmonylite.pace import Pace
+from harmonylite.packing import Packed, pack
+from harmonylite.resting import Resting
 from harmonylite.retrying import Retrying
 from harmonylite.tasks import while_waiting
 from harmonylite.timekeeping import Timekeeper
@@ -40,27 +42,11 @@ INLINE_ROWS = 1_000
 # A pinned snapshot keeps the write-ahead log from being reset: it is let go after so long.
 PINNED_S = 2.0
 
-# Looking for rows that were evicted unseen takes no more than this part of the time.
-LOOK_SHARE = 0.02
-
 # Rows of which nobody knows when they were written have versions up to this: they say nothing of the lag.
 UNKNOWN_TIME_MS = 1_000_000
 
 # So often it is looked where the application's transactions end, while they cannot be absorbed.
 SIGHT_S = 0.01
-
-
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """A group, encoded. newest_ms: its newest version; through, torn: see OutgoingGroup; tables: what it is of."""
-
-    number: int
-    payload: bytes
-    rows: int
-    newest_ms: int
-    through: int
-    torn: bool
-    tables: tuple[str, ...] = ()
 
 
 class Engine:
@@ -73,13 +59,13 @@ class Engine:
         self._compress = compress
         self._writer = ThreadPoolExecutor(1, "writer")
         self._reader = ThreadPoolExecutor(1, "reader")
+        self._looker = ThreadPoolExecutor(1, "looker")
         self._retrying = Retrying(metrics, replica.take_lock_seconds)
         self._snapshot: Iterator[OutgoingGroup] | None = None
         self._pinned_at = 0.0
         self._sighted = 0.0
         self._clock_lock = asyncio.Lock()
-        self._unlooked: set[str] = set()
-        self._next_look: dict[str, float] = {}
+        self._resting = Resting(self._at_rest)
         self.pace = Pace()
         self.apply_held_s = 0.0
         self.last_applied_s: float | None = None
@@ -95,7 +81,10 @@ class Engine:
 
     async def close(self) -> None:
         """Finish what runs, make acknowledgements durable, close the connections."""
+        self.replica.unseen.stop_stamping()
+        self._resting.close()
         try:
+            await self.on_looker(lambda: None)
             await self.release()
             await self._on_writer(self.replica.flush)
         except apsw.Error as error:
@@ -104,12 +93,17 @@ class Engine:
             await self._on_writer(self.replica.close)
             self._writer.shutdown()
             self._reader.shutdown()
+            self._looker.shutdown()
 
     async def _on_writer(self, job: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._writer, job)
 
     async def _on_reader(self, job: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._reader, job)
+
+    async def on_looker(self, job: Callable[[], T]) -> T:
+        """Run a job of the replica's looker."""
+        return await asyncio.get_running_loop().run_in_executor(self._looker, job)
 
     async def write(self, job: Callable[[], T]) -> T:
         """Run a job of the replica's writer. A lock, a full disk, an I/O error: tried again until it works."""
@@ -122,12 +116,18 @@ class Engine:
     async def _gently(self, job: Callable[[], T]) -> tuple[T, float]:
         await self.pace.leave_free()
         done = await self._write(job)
-        self.pace.released(done[1])
+        self.pace.released(done[1], self.replica.released_at)
         return done
 
     async def _write(self, job: Callable[[], T]) -> tuple[T, float]:
         """As `write`; also how many seconds the job held the database's lock."""
-        return await self._retrying.run(lambda: self._on_writer(lambda: (job(), self.replica.take_lock_seconds())))
+        done = await self._retrying.run(lambda: self._on_writer(lambda: (job(), self.replica.take_lock_seconds())))
+        if done[1]:
+            self._resting.wrote()
+        return done
+
+    def _at_rest(self, last: bool) -> asyncio.Future[bool]:
+        return asyncio.get_running_loop().run_in_executor(self._writer, lambda: self.replica.at_rest(last=last))
 
     @property
     def last_error(self) -> str | None:
@@ -137,7 +137,8 @@ class Engine:
     # -- publishing
 
     async def take_outgoing(self, after: int) -> list[Packed]:
-        """Absorb what is new and read pending groups of batches after `after`, encoded; empty if nothing is pending.
+        """Absorb what is new and read pending groups of batches after `after` (see Outgoing.read), encoded; empty if
+        nothing is pending.
 
         A small result comes from the writer's thread in one go; a large one piece by piece from a pinned snapshot of
         the reader, which `release` lets go.
@@ -159,29 +160,29 @@ class Engine:
             taken += count
             if taken > INLINE_ROWS:
                 return None
-        if not replica.pending_at_most(after, INLINE_ROWS):
+        if not replica.outgoing.pending_at_most(after, INLINE_ROWS):
             return None
-        groups = replica.outgoing(after, on_writer=True)
+        groups = replica.outgoing.read(after, on_writer=True)
         if groups is None:  # the application was faster
             return None
         try:
-            return [self._pack(group) for group in groups]
+            return [pack(group, compress=self._compress) for group in groups]
         finally:
             groups.close()
 
     async def _pin(self, after: int) -> None:
         for _ in range(3):
-            await self._absorb_all()
+            await self.absorb_all()
             if await self._on_reader(lambda: self._try_pin(after)):
                 return
         locked = await self.write(
-            lambda: self.replica.outgoing_locked(after, self.time.bound_ms(), self.time.correction)
+            lambda: self.replica.outgoing.read_locked(after, self.time.bound_ms(), self.time.correction)
         )
         self._snapshot, self._pinned_at = iter(locked), time.monotonic()
 
     def _try_pin(self, after: int) -> bool:
         # Kept by this very job: whoever waits for it may be cancelled meanwhile, and `release` has to find it.
-        self._snapshot, self._pinned_at = self.replica.outgoing(after), time.monotonic()
+        self._snapshot, self._pinned_at = self.replica.outgoing.read(after), time.monotonic()
         return self._snapshot is not None
 
     def _next_piece(self) -> list[Packed]:
@@ -189,7 +190,7 @@ class Engine:
         rows = 0
         try:
             for group in self._snapshot or ():
-                piece.append(self._pack(group))
+                piece.append(pack(group, compress=self._compress))
                 rows += len(group.group)
                 if not group.torn and time.monotonic() - self._pinned_at > PINNED_S:
                     break
@@ -206,25 +207,16 @@ class Engine:
         if isinstance(snapshot, Pinned):
             snapshot.close()
 
-    def _pack(self, group: OutgoingGroup) -> Packed:
-        payload = wire.encode_group(group.group, compress=self._compress)
-        return Packed(
-            number=group.group.number,
-            payload=payload,
-            rows=len(group.group),
-            newest_ms=newest_ms(group.group),
-            through=group.through,
-            torn=group.torn,
-            tables=tuple(changes.table for changes in group.group.tables),
-        )
-
     async def release(self) -> None:
         """Let go of the pinned snapshot."""
         await self._on_reader(self._let_go)
 
-    def published(self, packed: Packed) -> None:
-        """The stream has a group and everything before it."""
-        self.replica.mark_published(packed.through)
+    async def published(self, packed: Packed) -> None:
+        """The stream has a group, and everything before it but for what is held."""
+        if not packed.is_held:
+            self.replica.outgoing.mark_published(packed.through)
+        elif packed.through == packed.hi:
+            await self.write(partial(self.replica.outgoing.release, packed.hi))
         self.metrics.published.inc(packed.rows)
         self.last_published_s = packed.newest_ms / 1000
         if packed.torn:
@@ -273,8 +265,13 @@ class Engine:
         await self.write(self.replica.flush)
         return await self._on_writer(lambda: self.replica.position(stream))
 
-    async def pending(self) -> int:
-        return await self._ask(self.replica.pending)
+    async def pending(self, *, held: bool = True) -> int:
+        """See Replica.pending."""
+        return await self._ask(partial(self.replica.pending, held=held))
+
+    async def held(self) -> dict[int, int]:
+        """See Outgoing.held."""
+        return await self._ask(self.replica.outgoing.held)
 
     async def parked(self) -> int:
         return await self._ask(self.replica.parked)
@@ -287,7 +284,7 @@ class Engine:
         """Changes that are not absorbed yet."""
         return await self._ask(self.replica.logged)
 
-    async def _ask(self, question: Callable[[], int]) -> int:
+    async def _ask(self, question: Callable[[], T]) -> T:
         try:
             return await self._on_reader(question)
         except apsw.SQLError:
@@ -308,9 +305,11 @@ class Engine:
     async def _sight(self, *, on_writer: bool = False) -> None:
         self._sighted = time.monotonic()
         with contextlib.suppress(apsw.Error):  # without it, what is absorbed together is only larger
-            await (self._on_writer if on_writer else self._on_reader)(lambda: self.replica.sight(on_writer=on_writer))
+            sight = partial(self.replica.absorbing.sight, on_writer=on_writer)
+            await (self._on_writer if on_writer else self._on_reader)(sight)
 
-    async def _absorb_all(self) -> int:
+    async def absorb_all(self) -> int:
+        """`absorb` until nothing is left. Returns how many log rows were taken."""
         taken = 0
         while count := await self.absorb():
             taken += count
@@ -319,43 +318,12 @@ class Engine:
     async def shorten_log(self, longer_than: int) -> int:
         """Absorb everything if so many changes are logged, or some that may have evicted rows unseen. Returns how many
         were taken."""
-        due = await self.logged() >= longer_than or await self._ask(self.replica.look_is_due)
-        return await self._absorb_all() if due else 0
+        due = await self.logged() >= longer_than or await self._ask(self.replica.unseen.look_is_due)
+        return await self.absorb_all() if due else 0
 
     async def follow_schema(self) -> None:
         """See Replica.follow_schema."""
         await self.write(self.replica.follow_schema)
-
-    async def audit(self, names: Sequence[str] | None = None) -> int:
-        """Look for rows that went unseen by triggers, in all tables or in some. Returns how many were found; they are
-        published as deletes."""
-        found = 0
-        await self._absorb_all()
-        for name in [table.name for table in self.replica.schema.tables.values()] if names is None else names:
-            await self._absorb_all()  # a delete that is still in the log was seen, and has its own time
-            table = self.replica.schema.table(name)
-            keys = await self._on_reader(partial(self.replica.find_vanished, table)) if table else []
-            if keys:
-                found += len(keys)
-                await self.write(partial(self.replica.log_vanished, name, keys))
-        return found
-
-    async def look_again(self) -> int:
-        """`audit` of the tables that were written and not looked through. The larger a table, the more seldom: looking
-        takes no more than LOOK_SHARE of the time."""
-        if self.replica.has_unlooked():
-            self._unlooked.update(await self._on_writer(self.replica.take_unlooked))
-        found = 0
-        for name in sorted(self._unlooked):
-            if self._next_look.get(name, 0.0) > (started := time.monotonic()):
-                continue
-            seen = await self.audit([name])
-            if not seen:  # else there may be more
-                self._unlooked.discard(name)
-            found += seen
-            ended = time.monotonic()
-            self._next_look[name] = ended + (ended - started) / LOOK_SHARE
-        return found
 
     async def prune(self, server_ms: int) -> int:
         """See Replica.prune_tombstones."""
@@ -368,13 +336,13 @@ class Engine:
             # First: a clock that was just set agrees with the server, but what was written before does not.
             await self._correct_steps(server)
             await self.write(lambda: self._believe(server))
-            await self.write(lambda: self.replica.server_time(server_ms, self.time.correction))
+            await self.write(lambda: self.replica.times.server_time(server_ms, self.time.correction))
 
     def _believe(self, server: ServerClock) -> None:
         """On the writer's thread, in one job: nothing is absorbed between the shift and what follows from it."""
         proposal = self.time.propose(server)
         if proposal.moved_ms:
-            self.replica.shift_clock(
+            self.replica.times.shift_clock(
                 from_ms=self.time.boot_started_ms, to_ms=clock.wall_ms(), delta_ms=proposal.moved_ms
             )
         self.time.commit(proposal)
@@ -395,5 +363,5 @@ class Engine:
             self.replica.absorb(self.time.bound_ms(), until)
         elif self.time.is_trusted(server):
             started = self.time.boot_started_ms
-            self.replica.shift_clock(from_ms=started, to_ms=step.before_ms, delta_ms=step.delta_ms)
+            self.replica.times.shift_clock(from_ms=started, to_ms=step.before_ms, delta_ms=step.delta_ms)
         self.time.stepped()

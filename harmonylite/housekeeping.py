@@ -9,9 +9,12 @@ from collections.abc import Awaitable, Callable
 
 from harmonylite.config import Config
 from harmonylite.engine import Engine
+from harmonylite.mounts import is_read_only
 from harmonylite.observe.log import Repeated
 from harmonylite.observe.notify import Notifier, watchdog_interval
+from harmonylite.progress import Progress
 from harmonylite.report import Reporter
+from harmonylite.second_look import SecondLook
 from harmonylite.tasks import run_together
 from harmonylite.uplink import Uplink
 
@@ -23,6 +26,8 @@ HOURLY_S = 3600.0
 UNKEYED_S = 600.0
 # Offline, a log is absorbed when it holds so many rows: then growth follows the rows changed, not the changes.
 LONG_LOG_ROWS = 20_000
+# A card with errors turns read-only; that is in the mount table, and looking there costs no access to the card.
+DISK_S = 10.0
 # Without any change the counts are looked at that seldom.
 QUIET_REFRESH_S = 60.0
 
@@ -32,11 +37,19 @@ class Housekeeper:
     change at any time."""
 
     def __init__(
-        self, config: Config, engine: Engine, connection: Uplink, reporter: Reporter, notifier: Notifier
+        self,
+        config: Config,
+        engine: Engine,
+        progress: Progress,
+        connection: Uplink,
+        reporter: Reporter,
+        notifier: Notifier,
     ) -> None:
         self._db_path = config.db_path
         self.interval_s = config.cleanup_interval / 1000
         self._engine = engine
+        self._second_look = SecondLook(engine)
+        self._progress = progress
         self._connection = connection
         self._reporter = reporter
         self._notifier = notifier
@@ -49,9 +62,12 @@ class Housekeeper:
         jobs = [
             _every(lambda: self.interval_s, "status", lambda: self._keep_house(opened)),
             self._watch_file(opened, on_replaced),
+            _every(DISK_S, "file system", self._look_at_disk),
             _every(CLOCK_S, "clock", self._engine.check_clock, opened),
             _every(HOURLY_S, "tombstones", self._forget_tombstones, opened),
             _every(UNKEYED_S, "rows without a key", self._count_unkeyed, opened),
+            _every(CLOCK_S, "rows to be known", self._second_look.stamp, opened),
+            _every(lambda: self.interval_s, "evicted rows", self._look_again, opened),
             _every(HOURLY_S, "audit", self._audit, opened, delay_s=HOURLY_S),
         ]
         if (interval := watchdog_interval()) is not None:
@@ -92,26 +108,44 @@ class Housekeeper:
         if touched:
             # Connected or not: a table that is new is captured from its first rows on.
             await self._engine.follow_schema()
-        if evicted := await self._engine.look_again():
-            log.info("rows that OR REPLACE had removed were found", extra={"fields": {"rows": evicted}})
         await self._reporter.refresh()
         if not self._connection.connected and (taken := await self._engine.shorten_log(LONG_LOG_ROWS)):
             log.debug("absorbed a long change log while offline", extra={"fields": {"rows": taken}})
 
+    async def _look_at_disk(self) -> None:
+        """Nobody may write for hours: the operator hears of it before the application does."""
+        now = is_read_only(self._db_path.parent)
+        if now == self._reporter.read_only:
+            return
+        self._reporter.read_only = now
+        fields = {"db": self._db_path}
+        if now:
+            log.error("the database's file system is read-only; nothing can be written", extra={"fields": fields})
+        else:
+            log.warning("the database's file system can be written again", extra={"fields": fields})
+        self._notifier.status(self._reporter.line())
+
     async def _forget_tombstones(self) -> None:
+        """Not before everything was read: what is still to come may be older than a tombstone, and a log that is new is
+        to be filled with them again."""
         server_ms = self._engine.time.server.now_ms()
-        if self._connection.connected and server_ms is not None:
-            while forgotten := await self._engine.prune(server_ms):
-                log.debug("tombstones forgotten", extra={"fields": {"rows": forgotten}})
+        while server_ms is not None and self._connection.connected and self._progress.in_step:
+            if not (forgotten := await self._engine.prune(server_ms)):
+                return
+            log.debug("tombstones forgotten", extra={"fields": {"rows": forgotten}})
 
     async def _count_unkeyed(self) -> None:
         if self._unkeyed_due:
             self._unkeyed_due = False
             await self._reporter.count_unkeyed()
 
+    async def _look_again(self) -> None:
+        if evicted := await self._second_look.look_again():
+            log.info("rows that OR REPLACE had removed were found", extra={"fields": {"rows": evicted}})
+
     async def _audit(self) -> None:
         """Second line behind the triggers: rows that should be there and are not."""
-        if found := await self._engine.audit():
+        if found := await self._second_look.audit():
             log.warning("rows were gone that no trigger had seen", extra={"fields": {"rows": found}})
 
 

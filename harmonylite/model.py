@@ -109,12 +109,27 @@ class ReceivedGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class Unread:
+    """What it takes to read a message later. stored_ms: the stream's time of it; publisher: the node that may have
+    sent it; joined: the parts are joined already, so that the data is a group's bytes, not a message."""
+
+    stored_ms: int
+    publisher: int
+    joined: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Undecodable:
-    """A message that is not a group this version can read; it is kept, counted and passed."""
+    """A message that is not a group this version can read; it is kept, counted and passed.
+
+    unread: another version may read it, so that what it says is missing here; None: damaged or foreign bytes, which
+    no version can ever read.
+    """
 
     sequence: int
     data: bytes
     error: str
+    unread: Unread | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,18 +7,28 @@ measured. A transaction of the sender stays one (I7): a single large one may hol
 from __future__ import annotations
 
 import asyncio
+import bisect
 import time
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Final
 
-# A transaction should hold the write lock for about so long; up to twice that is no reason to take less.
-AIM_S: Final = 0.02
+# A transaction should hold the write lock for about so long, commit included; half as long again is no reason to take
+# less. On a busy machine that matters most: who computes for longer than a time slice (3 ms) is made to wait by the
+# scheduler in the midst of it, for many times as long, and the lock with it.
+AIM_S: Final = 0.007
 MOST_MESSAGES: Final = 256
 LEAST_BYTES, MOST_BYTES = 4 << 10, 8 << 20
-# Shorter locks are no hindrance: SQLite's busy handler looks again after 1, 3, 8, 18, .. ms.
-SHORT_S: Final = 0.004
-# Its pauses grow to 100 ms: whoever waits finds a lock that is free for so long.
+# How long SQLite's own busy handler (sqliteDefaultBusyCallback) sleeps between two looks at the lock; later 0.1 s.
+PAUSES_S: Final = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.025, 0.025, 0.05, 0.05)
 LONGEST_PAUSE_S: Final = 0.1
+_LOOKS_S: Final = tuple(accumulate(PAUSES_S))
+# Who waits wakes up a little late.
+SLACK_S: Final = 0.002
+# A lock that was held for longer than this is not free for as long as it was held.
+FAIR_S: Final = 0.03
+# No hindrance.
+SHORT_S: Final = 0.001
 
 
 @dataclass(slots=True)
@@ -33,22 +43,32 @@ class Pace:
         """Applying so many messages of so many bytes held the lock for so many seconds; 0: nothing was applied."""
         if not seconds:
             return
-        if seconds > 2 * AIM_S:
+        if seconds > 1.5 * AIM_S:
             part = AIM_S / seconds
             self.messages = max(1, min(self.messages, int(messages * part)))
             self.bytes = max(LEAST_BYTES, min(self.bytes, int(size * part)))
-        elif seconds < AIM_S:
+        elif seconds < AIM_S / 2:
             if messages >= self.messages:
                 self.messages = min(MOST_MESSAGES, self.messages * 2)
             if size >= self.bytes:
                 self.bytes = min(MOST_BYTES, self.bytes * 2)
 
-    def released(self, seconds: float) -> None:
-        """The lock was held for so many seconds."""
-        self._free_until = time.monotonic() + min(seconds, LONGEST_PAUSE_S) if seconds > SHORT_S else 0.0
+    def released(self, seconds: float, at: float) -> None:
+        """The lock was held for so many seconds, until `at` (time.monotonic)."""
+        self._free_until = at + free_for(seconds)
 
     async def leave_free(self) -> None:
-        """Before the next transaction: the lock stays free for as long as it was held, or for what the application's
-        busy handler pauses at the most. Else it would find the lock taken each time it looks."""
+        """Before the next transaction: the application gets its turn. Else it would find the lock taken each time it
+        looks."""
         if (pause := self._free_until - time.monotonic()) > 0:
             await asyncio.sleep(pause)
+
+
+def free_for(held_s: float) -> float:
+    """Seconds for which a lock that was held for `held_s` stays free: until everybody has looked who began to wait
+    meanwhile, and for as long again, up to FAIR_S."""
+    if held_s < SHORT_S:
+        return 0.0
+    index = bisect.bisect_left(_LOOKS_S, held_s)
+    pause = PAUSES_S[index] if index < len(PAUSES_S) else LONGEST_PAUSE_S
+    return max(min(held_s, FAIR_S), pause + SLACK_S)

@@ -8,21 +8,30 @@ from dataclasses import dataclass, field
 from harmonylite.tasks import wait_first
 
 
+@dataclass(frozen=True, slots=True)
+class TooLarge:
+    """A batch that the stream refused: the bytes of the group, the rows that were in the batch."""
+
+    size: int
+    rows: int
+
+
 @dataclass(slots=True)
 class Progress:
-    """What `status` shows. stream ends as seen last; publishing: the streams were read to
-    their ends and pending rows go out; gap: where the log did not go on, until that is bridged; hole: messages that
-    were missed for good, if any; error: why replication waits;
-    refused: by the last batch of a group that the stream cannot hold, why that stays here."""
+    """What `status` shows. ends: of streams, as seen last; in_step: over the present connection the streams were read to
+    their ends, or are not read here; publishing: so it is, and pending rows go out; gap: where the log did not go on,
+    until that is bridged; error: why replication waits; refused: by held batch, why the stream cannot hold it;
+    too_large: by held batch, how large it was then."""
 
     ends: dict[str, int] = field(default_factory=dict)
     positions: dict[str, int] = field(default_factory=dict)
     catching_up: bool = False
+    in_step: bool = False
     publishing: bool = False
     gap: str | None = None
-    hole: str | None = None
     error: str | None = None
     refused: dict[int, str] = field(default_factory=dict)
+    too_large: dict[int, TooLarge] = field(default_factory=dict)
 
 
 class Wakeup:

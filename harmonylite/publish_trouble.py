@@ -1,20 +1,22 @@
-"""What keeps one connection's groups from being published, as the operator sees it, and what follows for the rest.
+"""What keeps one connection's groups from being published, as the operator sees it.
 
-Two kinds. A group that fails, or waits for its acknowledgement, is sent again until it works. A group that the stream
-cannot hold stays pending; what waits behind it is published all the same, but the watermark stays before it: so all of
-that is sent again whenever publishing begins anew, and receivers know it already. It fits once the stream holds more
-([nats] max_store), or once the transaction may be cut (max_transaction_bytes).
+Two kinds. A group that fails, or waits for its acknowledgement, is sent again until it works. A transaction that the
+stream cannot hold waits here, and nothing waits for it. It fits once the stream holds more ([nats] max_store), or once
+it may be cut (max_transaction_bytes).
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from harmonylite.engine import Packed
+from harmonylite.db.held import HELD
 from harmonylite.observe.log import Repeated
+from harmonylite.packing import Packed
+from harmonylite.progress import TooLarge
 from harmonylite.stream.log import ApiError
-from harmonylite.stream.publisher import GroupTooLarge, PublishFailed
+from harmonylite.stream.publisher import MAX_GROUP_BYTES, GroupTooLarge, PublishFailed
 
 if TYPE_CHECKING:
     from harmonylite.progress import Progress
@@ -28,32 +30,53 @@ class PublishTrouble:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._failed, self._late = Repeated(log), Repeated(log)
-        self._through: int | None = None  # the last batch of the group that `progress.error` is about
-        self._refused: dict[int, str] = {}  # as in Progress, but of this connection
+        self._about: tuple[bool, int] | None = None  # the place of the group that `progress.error` is about
+        self._refused: set[int] = set()  # held batches, of which parts were refused since they were last tried
 
-    @property
-    def holds_back(self) -> bool:
-        """Whether a group was refused, so that the watermark cannot move."""
-        return bool(self._refused)
+    def may_fit(self, held: Mapping[int, int], stream_bytes: int | None) -> bool:
+        """Whether one of the held batches may fit into a stream of that size, although it may have been too large when
+        it had more rows. held: their numbers of rows; what is known of others is forgotten."""
+        refused, too_large = self._progress.refused, self._progress.too_large
+        for batch in (refused.keys() | too_large.keys()) - held.keys():
+            refused.pop(batch, None)
+            too_large.pop(batch, None)
+        most = MAX_GROUP_BYTES if stream_bytes is None else min(stream_bytes, MAX_GROUP_BYTES)
+        # What is left of a batch is taken to be as large a part of it as of its rows.
+        return any(
+            (then := too_large.get(batch)) is None or then.size * rows <= most * then.rows
+            for batch, rows in held.items()
+        )
+
+    def forget_sizes(self) -> None:
+        """Something has changed for what is too large."""
+        self._progress.too_large.clear()
 
     def begin_again(self) -> None:
-        """Everything that is pending is sent again, groups that were refused too."""
-        self._refused = {}
+        """What is held is tried again."""
+        self._refused = set()
+
+    def was_refused(self, group: Packed) -> bool:
+        """Whether a part of this batch was refused since it was last tried."""
+        return _held(group) in self._refused
+
+    def published(self, group: Packed) -> None:
+        if group.through == group.hi:
+            self._progress.refused.pop(group.hi, None)
+            self._progress.too_large.pop(group.hi, None)
 
     def acknowledged(self, group: Packed) -> None:
-        if self._through is not None and group.through >= self._through:
-            self._through = self._progress.error = None
+        if self._about is not None and _place(group) >= self._about:
+            self._about = self._progress.error = None
 
     def all_done(self) -> None:
-        """Nothing is under way and nothing waits, except for what was refused."""
-        if self._through is not None:
-            self._through = self._progress.error = None
-        self._progress.refused = dict(self._refused)
+        """Nothing is under way and nothing waits, except for what is held."""
+        if self._about is not None:
+            self._about = self._progress.error = None
 
     def failed(self, group: Packed, failure: PublishFailed) -> None:
         refused = isinstance(failure.__cause__, ApiError)
         self._progress.error = f"publishing {'is refused' if refused else 'fails'}: {failure}"
-        self._through = group.through
+        self._about = _place(group)
         self._failed.warning("publication failed; it is done again", {"error": str(failure)})
 
     def late(self, group: Packed, seconds: float) -> None:
@@ -61,29 +84,54 @@ class PublishTrouble:
         self._progress.error = (
             f"publishing waits: {group.rows} rows, {len(group.payload)} bytes, are not acknowledged for {seconds:.0f} s"
         )
-        self._through = group.through
+        self._about = _place(group)
         self._late.warning(
             "the stream does not acknowledge what was sent; a slow link needs longer, a full store may never answer",
             {"rows": group.rows, "bytes": len(group.payload), "since_s": round(seconds)},
         )
 
-    def refused(self, group: Packed, refusal: GroupTooLarge) -> None:
+    def cut(self, group: Packed, refusal: GroupTooLarge) -> None:
+        """Transactions that wrote the same rows do not fit together."""
+        fields = {"tables": list(group.tables), "rows": group.rows, **_sizes(refusal)}
+        log.warning(
+            "changes that belong together are larger than their stream; they are published in smaller groups",
+            extra={"fields": fields},
+        )
+
+    def refused(self, group: Packed, refusal: GroupTooLarge, rows: int) -> None:
+        """A transaction does not fit, or one of the parts into which it was cut; it is held. rows: in its batch now."""
         text = (
             f"{group.rows} rows of {', '.join(group.tables)} are not published: together they take {refusal.size}"
-            f" bytes, stream {refusal.stream} holds {refusal.limit}"
+            f" bytes, {refusal.bound}"
         )
-        if self._progress.refused.get(group.through) != text:
+        batch = _held(group)
+        if batch in self._refused:
+            return  # another part of it
+        if self._progress.refused.get(batch) != text:
             fields = {
                 "tables": list(group.tables),
                 "rows": group.rows,
-                "bytes": refusal.size,
-                "stream": refusal.stream,
-                "stream_max_bytes": refusal.limit,
-                "to_do": "raise [nats] max_store where the stream is, or lower max_transaction_bytes here: it then"
-                " arrives in steps",
+                **_sizes(refusal),
+                "to_do": refusal.to_do,
             }
             log.error(
-                "a transaction is larger than its stream; it stays here, later changes are published without it",
+                "a transaction is too large to be sent; it stays here, later changes are published without it",
                 extra={"fields": fields},
             )
-        self._refused[group.through] = self._progress.refused[group.through] = text
+        self._refused.add(batch)
+        self._progress.refused[batch] = text
+        self._progress.too_large[batch] = TooLarge(refusal.size, rows)
+
+
+def _place(group: Packed) -> tuple[bool, int]:
+    """Where a group comes among those of one connection: what is held is sent before all others."""
+    return not group.is_held, group.through
+
+
+def _held(group: Packed) -> int:
+    """The batch as which it is held, or would be."""
+    return group.hi if group.is_held else HELD + group.hi
+
+
+def _sizes(refusal: GroupTooLarge) -> dict[str, object]:
+    return {"bytes": refusal.size, "stream": refusal.stream, "stream_max_bytes": refusal.limit}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import apsw
 
@@ -27,7 +27,8 @@ LAG_LASTS_S = 15.0
 class Reporter:
     """`current` is cheap and may be a little old; `refresh` asks the database.
 
-    database_error: why the database is not open; fault: what makes this node unhealthy besides.
+    database_error: why the database is not open; read_only: its file system is; fault: what makes this node unhealthy
+    besides.
     """
 
     def __init__(
@@ -47,10 +48,12 @@ class Reporter:
         self._snapshots = snapshots
         self._started = time.monotonic()
         self._pending = 0
+        self._held: dict[int, int] = {}
         self._parked = 0
         self._unkeyed = 0
         self._opened = False
         self.database_error: str | None = "not opened yet"
+        self.read_only = False
         self.fault: str | None = None
 
     @property
@@ -64,6 +67,7 @@ class Reporter:
             return
         try:
             self._pending = await self._engine.pending()
+            self._held = await self._engine.held()
             self._parked = await self._engine.parked()
             self._opened, self.database_error = True, None
         except (apsw.BusyError, apsw.LockedError):
@@ -117,9 +121,17 @@ class Reporter:
             node,
             capture_wanted=config.publish,
             server_keeps_dying=self._server is not None and self._server.state.failures >= DYING,
-            faults=[text for text in (self.fault, self._connection.duplicate) if text],
+            faults=[*self._faults()],
             concerns=[*self._concerns()],
         )
+
+    def _faults(self) -> Iterator[str]:
+        if self.read_only:
+            yield (
+                f"the file system of {self._config.db_path.parent} is read-only, nothing can be written: after errors"
+                " (dmesg) it needs a check, fsck"
+            )
+        yield from filter(None, (self.fault, self._connection.duplicate, self._snapshots.state.damage))
 
     def _lag(self) -> float | None:
         positions, ends = self._progress.positions, self._progress.ends
@@ -134,8 +146,8 @@ class Reporter:
 
     def _concerns(self) -> Iterator[str]:
         progress = self._progress
-        yield from filter(None, (progress.hole, progress.error, self._engine.last_error))
-        yield from progress.refused.values()
+        yield from filter(None, (self._engine.replica.completeness.incomplete, progress.error, self._engine.last_error))
+        yield from held_rows(self._held, progress.refused)
         yield from self._snapshots.concerns()
         schema = self._engine.replica.known_schema
         if schema is not None and not schema.tables and not schema.skipped and self._parked:
@@ -148,6 +160,7 @@ class Reporter:
         """The gauges, as they are now."""
         metrics = self._engine.metrics
         metrics.pending_publish.set(self._pending)
+        metrics.held.set(sum(self._held.values()))
         metrics.parked.set(self._parked)
         metrics.nats_connected.set(int(self._connection.connected))
         metrics.clock_offset_seconds.set(self._engine.time.offset_s())
@@ -171,6 +184,16 @@ class Reporter:
 
 def _time(seconds: float | None) -> str | None:
     return None if seconds is None else rfc3339(seconds)
+
+
+def held_rows(held: Mapping[int, int], refused: Mapping[int, str]) -> Iterator[str]:
+    """Why rows are held (db/held.py). held: held batches with their numbers of rows; refused: see Progress."""
+    yield from (refused[batch] for batch in held if batch in refused)
+    if unknown := sum(number for batch, number in held.items() if batch not in refused):
+        yield (
+            f"{unknown} rows of a transaction are not published: the stream could not hold it; it is tried again once"
+            " connected"
+        )
 
 
 def present_lag(last_s: float | None, age_s: float, *, behind: bool) -> float | None:

@@ -39,6 +39,7 @@ class Timekeeper:
         self._steps = StepDetector()
         self._step: Step | None = None
         self._started_ms = clock.wall_ms() - clock.boottime_ms()
+        self._said_unknown = False
         self.server = ServerClock()
         self.correction = NO_CORRECTION
 
@@ -63,6 +64,15 @@ class Timekeeper:
         server = copy.copy(self.server)  # its samples are immutable
         server.sample(received - round(round_trip_ms), received, server_ms)
         return server
+
+    def untold(self, reason: str) -> None:
+        """The server does not let this node know its time; logged once."""
+        if not self._said_unknown:
+            self._said_unknown = True
+            log.warning(
+                "the server's time is not known: if the clock of this device is wrong, its writes are not corrected",
+                extra={"fields": {"reason": reason}},
+            )
 
     def propose(self, server: ServerClock) -> Proposal:
         """What follows from the server's time. Nothing changes before `commit`: until then absorbing goes on by the

@@ -1,20 +1,24 @@
 #!/usr/bin/env bash
 # Build the Debian packages into dist/: harmonylite (all), harmonylite-nats-server (amd64, arm64).
 #
-#   packaging/build-deb.sh [--out FOLDER] [--version VERSION] [--arch "amd64 arm64"] [--no-lintian]
+#   packaging/build-deb.sh [--out FOLDER] [--version VERSION] [--arch "amd64 arm64"] [--maintainer "NAME <ADDRESS>"]
+#     [--no-lintian]
 #
+# --maintainer: who answers for these packages. The project has no address of its own, so packages that are built
+# without it carry one that goes nowhere (example.org is reserved); whoever publishes them names theirs.
 # --version: of the packages, in place of the changelog's; for trying an upgrade.
 # PYTHON: a Python with pip, to fetch what the lock files pin. The network is needed for that alone, and once:
 # build/vendor keeps it. Two builds of one tree are the same to the byte (packaging/reproducible.sh).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-out=dist version= architectures="amd64 arm64" lintian=yes
+out=dist version= maintainer= architectures="amd64 arm64" lintian=yes
 while [ $# -gt 0 ]; do
   case $1 in
     --out) out=$2; shift 2 ;;
     --version) version=$2; shift 2 ;;
     --arch) architectures=$2; shift 2 ;;
+    --maintainer) maintainer=$2; shift 2 ;;
     --no-lintian) lintian=; shift ;;
     *) echo "$0: unknown option $1" >&2; exit 2 ;;
   esac
@@ -77,6 +81,12 @@ cp -r "$vendor/python" "$vendor/nats-server" "$stage/vendor"
 mv "$stage/packaging/debian" "$stage/debian"
 if [ "$version" ]; then
   sed -i "1s/(.*)/($version)/" "$stage/debian/changelog"
+fi
+
+if [ "$maintainer" ]; then
+  # The first match in each file: the changelog's newest entry.
+  MAINTAINER=$maintainer perl -0pi -e 's/^(Maintainer: | -- ).*?>/$1$ENV{MAINTAINER}/m' \
+    "$stage/debian/control" "$stage/debian/changelog"
 fi
 
 # The umask and the owner of the checkout are no part of a package.

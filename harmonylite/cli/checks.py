@@ -16,10 +16,12 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from harmonylite import clock
+from harmonylite.cli.command import size
 from harmonylite.config import Config, mask_url, split_address
 from harmonylite.config.model import KEYS, value_of
 from harmonylite.db import inspect
 from harmonylite.db.inspect import DatabaseUnreadable
+from harmonylite.mounts import mount_of
 from harmonylite.stream.server_process import StartError, binary_version, find_binary
 
 Level = Literal["ok", "warn", "fail"]
@@ -33,6 +35,10 @@ _FAIL_FREE_BYTES = 20 << 20
 _WARN_FREE_BYTES = 200 << 20
 _OLDEST_SERVER = (2, 9, 0)
 _CONNECT_TIMEOUT_S = 3.0
+# A database may be large and its card slow: it is looked through for damage that long.
+SOUNDNESS_S = 10.0
+_GET_BOTO3 = "apt install python3-boto3, or in a virtual environment pip install boto3"
+_DAMAGED = 'see "A card is corrupt" in docs/disaster-recovery.md'
 # 2024-01-01: a clock before that was never set on this device.
 _PLAUSIBLE_TIME_S = 1_704_067_200
 
@@ -82,7 +88,8 @@ def database_files(path: Path) -> Iterator[Check]:
         yield Check("database", "fail", f"{folder}: there is no such directory", "create it, or correct db_path")
         return
     if not path.exists():
-        yield Check("database", "warn", f"{path} does not exist", "the first start creates it, or fetches a copy")
+        advice = "the application makes it; a node that joins others fetches a copy"
+        yield Check("database", "warn", f"{path} does not exist", advice)
     for file in (path, Path(f"{path}-wal"), Path(f"{path}-shm")):
         if file.exists() and not _writable(file):
             yield Check("database", "fail", f"{file} is not writable by this user", _permission_advice(file))
@@ -113,7 +120,8 @@ def database_content(config: Config, *, running: bool) -> Iterator[Check]:
     try:
         health = inspect.health(path, config.tables.include, config.tables.exclude)
     except DatabaseUnreadable as error:
-        yield Check("database", "fail", str(error), "correct db_path, or restore the file")
+        advice = f"if it was one, {_DAMAGED}; else correct db_path" if error.damaged else "correct db_path"
+        yield Check("database", "fail", str(error), advice)
         return
     if health.journal_mode == "wal":
         yield Check("journal", "ok", "the database is in WAL mode")
@@ -122,6 +130,28 @@ def database_content(config: Config, *, running: bool) -> Iterator[Check]:
     yield _capture(config, health, running=running)
     for table in health.skipped:
         yield Check("tables", "warn", f"{table.table} is not replicated: {table.reason}")
+    if (incomplete := inspect.overview(path).incomplete) is not None:
+        yield Check("complete", "warn", incomplete, "until then it takes no snapshot")
+
+
+def database_soundness(path: Path) -> Iterator[Check]:
+    """Is anything in the file damaged? Reads all of it, for SOUNDNESS_S at most."""
+    if not path.exists():
+        return
+    try:
+        found = inspect.soundness(path, SOUNDNESS_S)
+    except DatabaseUnreadable:  # said by `database_content` already
+        return
+    if found.complaint is not None:
+        yield Check("damage", "fail", f"{path} is damaged: {found.complaint}", _DAMAGED)
+    elif found.looked_at == 1.0:
+        yield Check("damage", "ok", f"none in the {size(found.size)} of the database")
+    elif found.looked_at:
+        text = f"none in the {found.looked_at:.0%} of {size(found.size)} that were read in {SOUNDNESS_S:.0f} s"
+        yield Check("damage", "ok", text, f"sqlite3 {path} 'PRAGMA quick_check' reads all")
+    else:
+        text = f"not looked for: {size(found.size)} take too long"
+        yield Check("damage", "ok", text, f"sqlite3 {path} 'PRAGMA quick_check' reads all")
 
 
 def _capture(config: Config, health: inspect.Health, *, running: bool) -> Check:
@@ -161,30 +191,6 @@ def file_system(path: Path) -> Iterator[Check]:
         yield Check("disk", "warn", text, "make room before the disk is full")
     else:
         yield Check("disk", "ok", text)
-
-
-def mount_of(folder: Path, table: Path = Path("/proc/self/mountinfo")) -> tuple[str, tuple[str, ...]]:
-    """(type, mount options) of the file system that holds `folder`; ("", ()) if unknown. Format: proc(5)."""
-    real = folder.resolve()
-    best: tuple[int, str, tuple[str, ...]] = (-1, "", ())
-    try:
-        lines = table.read_text("utf-8", "replace").splitlines()
-    except OSError:
-        return "", ()
-    for line in lines:
-        fields, _, tail = line.partition(" - ")
-        parts = fields.split(" ")
-        if len(parts) < 6 or not tail:
-            continue
-        point = Path(parts[4].replace("\\040", " ").replace("\\011", "\t").replace("\\134", "\\"))
-        # A later mount on the same point hides the earlier one.
-        if real.is_relative_to(point) and len(point.parts) >= best[0]:
-            kind, *rest = tail.split(" ")
-            # After an error (ext4's errors=remount-ro) the file system is read-only, not the mount: the last field,
-            # with a word of its own since Linux 6.16.
-            failed = ("ro",) if rest and {"ro", "emergency_ro"} & set(rest[-1].split(",")) else ()
-            best = (len(point.parts), kind, (*parts[5].split(","), *failed))
-    return best[1], best[2]
 
 
 def clock_state() -> Iterator[Check]:
@@ -283,7 +289,7 @@ def snapshot_store(config: Config) -> Iterator[Check]:
         yield Check("snapshots", "warn", "switched off: a node that was offline for long cannot catch up")
         return
     if "s3" in (snapshot.store, snapshot.mirror) and importlib.util.find_spec("boto3") is None:
-        yield Check("snapshots", "fail", "S3 needs boto3", "apt install python3-boto3, or pip install boto3")
+        yield Check("snapshots", "fail", "S3 needs boto3", _GET_BOTO3)
     if snapshot.store == "file":
         folder = Path(snapshot.file.path)
         if not folder.is_dir() or not _writable(folder):

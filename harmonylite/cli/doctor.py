@@ -44,6 +44,7 @@ def _all_checks(arguments: argparse.Namespace) -> Iterator[Check]:
     yield from checks.database_files(config.db_path)
     yield from service.checks(config)
     yield from checks.database_content(config, running=running)
+    yield from checks.database_soundness(config.db_path)
     yield from checks.file_system(config.db_path)
     yield from checks.clock_state()
     yield from checks.nats(config)

@@ -1,4 +1,4 @@
-"""`parked`: received rows that wait, each with its reason."""
+"""`parked`: received rows that wait, and messages that could not be read, each with its reason."""
 
 from __future__ import annotations
 
@@ -18,19 +18,46 @@ from harmonylite.cli.command import (
     sql_row,
 )
 from harmonylite.db import inspect
-from harmonylite.db.inspect import Parked
+from harmonylite.db.inspect import Parked, UnreadMessage
 
 
 def run(arguments: argparse.Namespace) -> int:
-    found = inspect.parked(load_config(arguments).db_path, arguments.table)
+    path = load_config(arguments).db_path
+    found = inspect.parked(path, arguments.table)
+    # Nobody knows of which tables they are.
+    messages = inspect.unread(path) if arguments.table is None else []
     if arguments.json:
-        print_json([_as_json(row) for row in found])
-    elif not found:
+        print_json([*map(_as_json, found), *map(_message_as_json, messages)])
+    elif not found and not messages:
         print("no parked rows")
     else:
         for row in found:
             _print(row)
+        for message in messages:
+            _print_message(message)
     return 0
+
+
+def _print_message(message: UnreadMessage) -> None:
+    print_line(
+        f"{local_time(message.recorded_ms)}  message {message.sequence} of stream {message.stream}:"
+        f" cannot be read by this version: {message.error}"
+    )
+    print_line(
+        f"    sent by node {message.node} at {local_time(message.stored_ms)}; read again once this node is upgraded"
+    )
+
+
+def _message_as_json(message: UnreadMessage) -> dict[str, object]:
+    return {
+        "stream": message.stream,
+        "sequence": message.sequence,
+        "reason": "cannot be read by this version",
+        "detail": message.error,
+        "node_id": message.node,
+        "stored_at": rfc3339(message.stored_ms),
+        "parked_at": rfc3339(message.recorded_ms),
+    }
 
 
 def _print(parked: Parked) -> None:
@@ -70,7 +97,8 @@ COMMAND = Command(
     summary="received rows that wait, each with its reason",
     description=(
         "List the received rows that cannot be applied here yet, those that wait longest first: a table or column is\n"
-        "missing, or a constraint of this node's schema forbids them. They are applied as soon as the schema allows it."
+        "missing, or a constraint of this node's schema forbids them. They are applied as soon as the schema allows\n"
+        "it. Messages of a newer version, which this one cannot read, come last: they are read once it is upgraded."
     ),
     examples=("harmonylite parked", "harmonylite parked --table orders --json"),
     add_arguments=_add_arguments,

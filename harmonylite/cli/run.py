@@ -5,14 +5,34 @@ from __future__ import annotations
 import argparse
 
 from harmonylite.cli.command import Command, load_config
+from harmonylite.config import Config
+from harmonylite.observe import log as logs
+from harmonylite.observe.notify import Notifier
+from harmonylite.starts import Starts
 
 
 def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments)
+    starts = Starts.of_service()
+    if starts is not None and not _begin(starts, config):
+        return 0
     # Only this command needs asyncio, NATS and the rest.
     from harmonylite import daemon
 
-    return daemon.run(config, reload=lambda: load_config(arguments))
+    code = daemon.run(config, reload=lambda: load_config(arguments))
+    if starts is not None and code == 0:
+        starts.ended_well()
+    return code
+
+
+def _begin(starts: Starts, config: Config) -> bool:
+    """See `Starts.begin`."""
+    logs.setup(verbose=config.logging.verbose, format=config.logging.format)  # type: ignore[arg-type]
+    notifier = Notifier()
+    try:
+        return starts.begin(notifier)
+    finally:
+        notifier.close()
 
 
 COMMAND = Command(

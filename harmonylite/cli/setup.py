@@ -21,7 +21,7 @@ from harmonylite.config.document import example
 from harmonylite.config.load import load
 from harmonylite.config.model import KEYS
 
-CONFIG_DIRECTORY = Path("/etc/harmonylite")
+CONFIG_DIRECTORY = identity.CONFIG_DIRECTORY
 UNIT_DIRECTORY = Path("/etc/systemd/system")
 STATE_DIRECTORY = Path("/var/lib/harmonylite")
 
@@ -142,10 +142,10 @@ def _values(plan: Plan, data: dict[str, object], arguments: argparse.Namespace) 
         for key in _SHARED_NAMES:
             if _at(data, key) is None:
                 values[key] = _literal(f"{KEYS[key].default}-{plan.instance}")
-        # Made from the machine alone, the ids of all instances would be one: a hub lets the first of them in.
+        # What `run` would take; written down, it stays when the database or the file gets another name.
         if _at(data, "node_id") is None:
             with contextlib.suppress(ValueError):  # no machine id: `run` says that node_id must be set
-                values["node_id"] = str(identity.node_id_of(f"{identity.read_machine_id()}/{plan.instance}"))
+                values["node_id"] = str(identity.choose(identity.read_machine_id(), plan.instance, plan.database))
     for flag, key in OVERRIDES.items():
         if hasattr(arguments, flag):
             given = getattr(arguments, flag)

@@ -7,7 +7,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harmonylite.cli.command import Command, Failure, WrongUsage, add_json, load_config, print_json, print_line, warn
+from harmonylite.cli.command import (
+    Command,
+    Failure,
+    WrongUsage,
+    add_json,
+    load_config,
+    print_json,
+    print_line,
+    size,
+    warn,
+)
 from harmonylite.cli.screen import Screen
 from harmonylite.config import Config
 from harmonylite.observe import control
@@ -48,8 +58,7 @@ def _save(arguments: argparse.Namespace, config: Config) -> int:
     if arguments.json:
         print_json(found)
     else:
-        stored = f"{found['stored_bytes'] / 1e6:,.1f} MB"
-        print_line(f"snapshot {found['id']} taken, {stored} in store {config.snapshot.store!r}")
+        print_line(f"snapshot {found['id']} taken, {size(found['stored_bytes'])} in store {config.snapshot.store!r}")
     return 0
 
 

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from harmonylite.cli.command import Failure, duration, print_json, print_line, print_table, warn
+from harmonylite.cli.command import Failure, duration, print_json, print_line, print_table, size, warn
 from harmonylite.cli.screen import Screen
 from harmonylite.config import Config
 from harmonylite.db.copy import adopt_copy, clean_copy, remove_database
@@ -24,8 +24,8 @@ from harmonylite.snapshot.choice import USELESS
 from harmonylite.snapshot.manifest import Manifest
 from harmonylite.snapshot.state import describe
 from harmonylite.snapshot.stores import open_store
-from harmonylite.snapshot.stores.base import SnapshotStore, StoreError
-from harmonylite.snapshot.workfiles import SnapshotFailed, WorkFiles, megabytes, unpack_download
+from harmonylite.snapshot.stores.base import SnapshotStore, StoreError, StoreUnavailable
+from harmonylite.snapshot.workfiles import SnapshotFailed, WorkFiles, unpack_download
 from harmonylite.stream.client import ClientSettings, Connection
 from harmonylite.tasks import undisturbed
 from harmonylite.wiring import TOLERANCE_MS, log_settings
@@ -56,8 +56,8 @@ def show(arguments: argparse.Namespace, config: Config) -> int:
             rfc3339(manifest.created_ms / 1000),
             duration(max(0.0, (now_ms - manifest.created_ms) / 1000)),
             str(manifest.node_id),
-            megabytes(manifest.stored_size),
-            megabytes(manifest.size),
+            size(manifest.stored_size),
+            size(manifest.size),
         )
         for manifest in manifests
     ]
@@ -148,6 +148,8 @@ def _asked(question: Callable[[], Awaitable[T]]) -> T:
             return await question()
 
         return asyncio.run(ask())
+    except StoreUnavailable as error:
+        raise Failure(f"{error}; try again later") from None
     except (StoreError, SnapshotFailed) as error:
         raise Failure(str(error)) from None
     except OSError as error:

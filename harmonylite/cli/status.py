@@ -20,6 +20,7 @@ from harmonylite.cli.command import (
     print_json,
     print_pairs,
     print_table,
+    size,
 )
 from harmonylite.config import Config
 from harmonylite.db import inspect
@@ -84,7 +85,7 @@ def _stopped_document(found: Overview, config: Config) -> dict[str, Any]:
         "parked_rows": found.parked_rows,
         "conflicts": found.conflicts_total,
         "positions": positions,
-        "reasons": ["daemon: not running"],
+        "reasons": ["daemon: not running", *filter(None, [found.incomplete])],
     }
 
 
@@ -95,6 +96,8 @@ def _stopped_lines(found: Overview, config: Config) -> Iterator[tuple[str, str]]
     waiting = "; published after the next start" if found.pending_rows else ""
     yield "pending", f"{counted(found.pending_rows, 'row')}{waiting}"
     yield from _waiting_lines(found.parked_rows, found.conflicts_total)
+    if found.incomplete is not None:
+        yield "missing", found.incomplete
     for position in found.positions:
         when = f", stored {local_time(position.stored_ns // 1_000_000)}" if position.stored_ns else ""
         yield "position", f"{position.stream} {position.sequence}{when}"
@@ -118,10 +121,9 @@ def _node_lines(node: NodeStatus, config: Config) -> Iterator[tuple[str, str]]:
         yield "position", _position(position)
     if node.snapshot is not None:
         shot = node.snapshot
-        yield (
-            "snapshot",
-            f"{duration(shot.age_seconds)} old, by node {shot.node_id}, {shot.size_bytes:,} bytes in {shot.store}",
-        )
+        where = f"the mirror ({shot.store})" if shot.in_mirror else shot.store
+        text = f"{duration(shot.age_seconds)} old, by node {shot.node_id}, {size(shot.size_bytes)} in {where}"
+        yield "snapshot", text
     if node.clock_offset_seconds is not None:
         yield "clock", f"{node.clock_offset_seconds:+.3f} s against the server's"
     for table in node.skipped_tables:

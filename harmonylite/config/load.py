@@ -171,7 +171,8 @@ class _Reader:
         if "node_id" in self._values or self._is_wrong("node_id"):
             return False
         try:
-            self._values["node_id"] = identity.node_id_of(identity.read_machine_id())
+            instance, database = identity.instance_of(self._file), self._values.get("db_path", Path())
+            self._values["node_id"] = identity.choose(identity.read_machine_id(), instance, database)
         except ValueError as error:
             self._problem("node_id", str(error))
         return True

@@ -61,11 +61,11 @@ class ReplicationLog:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SnapshotNats:
-    replicas: int = _key(1, rules.integer(1, 5), "copies of the object store")
+    replicas: int = _key(1, rules.integer(1, 5), "copies of its stream")
     bucket: str = _key(
         "harmonylite-snapshots",
         rules.pattern(r"[A-Za-z0-9_-]*", "letters, digits, - and _"),
-        "name of the object store",
+        "its stream; one of its own for each log",
     )
 
 
@@ -103,7 +103,7 @@ class Snapshot:
         "the lease of the node that takes snapshots ends after that",
     )
     retain: int = _key(5, rules.integer(1, 10_000), "snapshots that are kept; older ones are removed")
-    nats: SnapshotNats = _table(SnapshotNats, "Snapshots in a JetStream object store.")
+    nats: SnapshotNats = _table(SnapshotNats, "Snapshots in NATS, in a JetStream stream of their own.")
     s3: SnapshotS3 = _table(SnapshotS3, "Snapshots in S3 or a service that speaks it, such as MinIO.")
     file: SnapshotFile = _table(SnapshotFile, "Snapshots in a folder, for example a mounted share.")
 

@@ -52,7 +52,7 @@ class _Statements:
         self.compare = f"{self.store} RETURNING ?{width + 8}"
         where = " AND ".join(f"{quote(part.name)} = ?{collate(part)}" for part in table.key)
         self.delete = f"DELETE FROM {quote(table.name)} WHERE {where}"
-        self.locate = f"SELECT ts, node, rank, base_ts, base_node, deleted FROM {version} WHERE " + " AND ".join(
+        self.locate = f"SELECT ts, node, rank, base_ts, base_node, deleted, batch FROM {version} WHERE " + " AND ".join(
             f"k{i} = ?" for i in range(width)
         )
 
@@ -169,19 +169,22 @@ class Applier:
         ]
         won = [row[0] for row in self._connection.executemany(statements.compare, bindings)]
         for index in set(range(len(keys))).difference(won):
-            self._check_old(statements, keys[index], stamps[index], deleted)
+            self._check_old(statements, keys[index], stamps[index], deleted, published)
         return won
 
-    def _check_old(self, statements: _Statements, key: Row, stamp: Stamp, deleted: int) -> None:
+    def _check_old(self, statements: _Statements, key: Row, stamp: Stamp, deleted: int, published: int) -> None:
         """A row that did not win is ordinary if it is the very write that is here, or one its writer had seen.
 
         An equal version with other content is the mark of a cloned card or a restored backup: rare, but only the
-        careful way compares contents, so equal versions of live rows always go there.
+        careful way compares contents, so equal versions of live rows always go there; so do tombstones that are to be
+        published, which the stream has now.
         """
-        for ts, node, rank, base_ts, base_node, local_deleted in self._connection.execute(statements.locate, key):
+        for ts, node, rank, base_ts, base_node, local_deleted, batch in self._connection.execute(
+            statements.locate, key
+        ):
             if stamp[:3] < (ts, node, rank) and (stamp[:2] <= (base_ts, base_node) or deleted or stamp[1] == node):
                 return
-            if stamp[:3] == (ts, node, rank) and deleted and local_deleted:
+            if stamp[:3] == (ts, node, rank) and deleted and local_deleted and (batch or 0) <= published:
                 return
         raise OutOfTheOrdinaryError(statements.table.name)
 

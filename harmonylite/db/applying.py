@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from operator import itemgetter
 
-from harmonylite.db import conflicts, orphans, resolve, rows, sparse, tables, versions
+from harmonylite.db import conflicts, left_out, orphans, resolve, rows, sparse, tables, unread, versions
 from harmonylite.db.apply import Applier
 from harmonylite.db.columns import OlderColumns
 from harmonylite.db.conflicts import Recorder
 from harmonylite.db.database import Database, ReplicaSettings
 from harmonylite.db.resolve import MISFIT, Context
-from harmonylite.db.schema import Schema
+from harmonylite.db.schema import Schema, is_chosen
 from harmonylite.db.sql import normal
-from harmonylite.model import Delivery, Group, ReceivedGroup, Undecodable
+from harmonylite.model import Delivery, Group, Position, ReceivedGroup, Undecodable
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Applying:
         refused_ms = 0
         for item in _in_order(delivery):
             if isinstance(item, Undecodable):
-                self._keep(delivery.position.stream, item)
+                self._keep(delivery.position, item)
                 continue
             limit = item.stored_ms + self._settings.tolerance_ms
             self.take(item.group, context, limit, careful=careful)
@@ -90,6 +90,8 @@ class Applying:
                 refused_ms = max(refused_ms, limit)
         if refused_ms:
             self._lower_floor(refused_ms)
+        if any(message.unread for message in delivery.undecodable):
+            self._database.count_unread()
         return newest
 
     def _lower_floor(self, limit_ms: int) -> None:
@@ -101,9 +103,20 @@ class Applying:
 
     def take(self, group: Group, context: Context, limit_ms: int, *, careful: bool) -> None:
         """One group. limit_ms: the latest time that counts. Not careful: see Applier.fast."""
+        group = self._chosen(group)
         step = self._applier.careful if careful else self._applier.fast
         step(group, context, limit_ms)
         self._list_orphans(group, context)
+
+    def _chosen(self, group: Group) -> Group:
+        """Without the tables that `[tables]` leaves out here."""
+        include, exclude = self._settings.include, self._settings.exclude
+        names = {c.table for c in group.tables if self._schema.table(c.table) is None}
+        unwanted = {name for name in names if not is_chosen(name, include, exclude)}
+        if not unwanted:
+            return group
+        left_out.add(self._writer, unwanted)
+        return replace(group, tables=tuple(c for c in group.tables if c.table not in unwanted))
 
     def retry_parked(self) -> int:
         """Rows that wait are tried again, as normal rows. Returns as `finish`."""
@@ -121,7 +134,11 @@ class Applying:
             self._writer.execute(f"RELEASE {_RETRY}")
         return self.finish(context)
 
-    def _keep(self, stream: str, message: Undecodable) -> None:
+    def _keep(self, position: Position, message: Undecodable) -> None:
+        if message.unread is not None:
+            unread.keep(self._writer, position, message, message.unread, self._now_ms())
+            return
+        stream = position.stream
         log.error(
             "message cannot be read; it is kept in __harmonylite__undecodable and passed over",
             extra={"fields": {"stream": stream, "sequence": message.sequence, "error": message.error}},

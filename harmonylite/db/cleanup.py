@@ -35,7 +35,7 @@ def cleanup(path: Path, *, everything: bool, force: bool) -> CleanupReport:
             before = tables.load_state(connection)
             settings = install.Settings(node_id if isinstance(node_id, int) else 0, False, (), ())
             logged = versions.count_logged_anywhere(connection)
-            schema, state = install.install(connection, settings, before)
+            schema, state, _ = install.install(connection, settings, before)
             tables.save_state(connection, before, state)
             pending = versions.count_pending(connection, schema, state.published_batch)
             if everything and pending and not force:

@@ -12,13 +12,14 @@ import contextlib
 import logging
 import os
 import secrets
+import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import apsw
 
-from harmonylite.db import capture, conflicts, install, sql, tables, versions
+from harmonylite.db import capture, conflicts, install, sql, tables, unversioned, versions
 from harmonylite.model import Position
 
 log = logging.getLogger(__name__)
@@ -26,8 +27,14 @@ log = logging.getLogger(__name__)
 # Told how many bytes are done, of how many.
 Report = Callable[[int, int], None]
 
+# Of a database's file, and of what SQLite keeps beside it.
+DATABASE_SUFFIXES = ("", "-journal", "-wal", "-shm")
+
 # Pages copied between two looks at `cancelled`: 2 MB of a usual database.
 STEP_PAGES = 512
+
+# While a copy is checked: so often its progress is told, in instructions of SQLite, and `cancelled` asked.
+CHECK_STEPS, CHECK_LOOK_S = 100_000, 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +42,7 @@ class CopyInfo:
     """What a finished copy holds, read from inside the very view that was copied.
 
     positions: how far each stream was applied; fingerprint: of the replicated tables; tombstones_since_ms,
-    synced_at_ms: see `tables.State`; pending, parked: rows that wait in it; size: the file's bytes.
+    synced_at_ms, incomplete: see `tables.State`; pending, parked: rows that wait in it; size: the file's bytes.
     """
 
     positions: tuple[Position, ...]
@@ -45,6 +52,7 @@ class CopyInfo:
     pending: int
     parked: int
     size: int
+    incomplete: str | None = None
 
 
 class CopyCancelledError(Exception):
@@ -52,7 +60,21 @@ class CopyCancelledError(Exception):
 
 
 class DamagedCopyError(Exception):
-    """The file is no intact SQLite database, or not a copy made by `Copy`."""
+    """The file is no intact SQLite database, or not a copy made by `Copy`. detail: what is wrong with it."""
+
+    def __init__(self, path: Path, detail: object) -> None:
+        super().__init__(f"{path}: {detail}")
+        self.detail = str(detail)
+
+
+class DamagedDatabaseError(Exception):
+    """The database of this node itself is damaged. One line for the operator."""
+
+    def __init__(self, path: Path, detail: object) -> None:
+        super().__init__(
+            f"this node's database {path} is damaged: {detail}; docs/disaster-recovery.md says what to do"
+            " (a card is corrupt)"
+        )
 
 
 class Copy:
@@ -80,6 +102,7 @@ class Copy:
             synced_at_ms=state.synced_at_ms,
             pending=pending,
             parked=sql.integer(self._source, conflicts.COUNT_WAITING),
+            incomplete=state.incomplete,
             size=0,
         )
 
@@ -101,15 +124,7 @@ class Copy:
             remove_database(self._target)
             raise
         known = self._known
-        return CopyInfo(
-            known.positions,
-            known.fingerprint,
-            known.tombstones_since_ms,
-            known.synced_at_ms,
-            known.pending,
-            known.parked,
-            self._target.stat().st_size,
-        )
+        return replace(known, size=self._target.stat().st_size)
 
     def _write(self, progress: Report, cancelled: Callable[[], bool]) -> None:
         page_bytes = sql.integer(self._source, "PRAGMA page_size")
@@ -149,9 +164,16 @@ def clean_copy(path: Path) -> None:
     _settle(path)
 
 
-def adopt_copy(path: Path, node_id: int, *, latest_ms: int = versions.UNBOUNDED_MS) -> None:
+def adopt_copy(
+    path: Path,
+    node_id: int,
+    *,
+    latest_ms: int = versions.UNBOUNDED_MS,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> None:
     """Make a copy the first database of a new node: its own node id and instance id; versions, pending marks, parked
-    rows, positions and the conflict log stay. Raises DamagedCopyError.
+    rows, positions and the conflict log stay. Raises DamagedCopyError, CopyCancelledError; apsw.FullError and
+    apsw.IOError leave the file as it was.
 
     What waits in it to be published was written elsewhere, and keeps its versions, which the stream has not bounded
     yet: none may claim a time after `latest_ms`, when the copy was made plus the tolerance (DESIGN 8).
@@ -162,6 +184,7 @@ def adopt_copy(path: Path, node_id: int, *, latest_ms: int = versions.UNBOUNDED_
         tables.set_meta(connection, "boot_id", "")
         # Times that another node has seen on its own clock are no floor for this one's (DESIGN 4).
         tables.set_meta(connection, "floor_ms", 0)
+        unversioned.set_copy_joined(connection)
         published = tables.load_state(connection).published_batch
         for (name,) in sql.rows(connection, f"SELECT name FROM {tables.TABLE}"):
             connection.execute(
@@ -169,8 +192,18 @@ def adopt_copy(path: Path, node_id: int, *, latest_ms: int = versions.UNBOUNDED_
                 " AND ts > max(?1, base_ts + 1)",
                 (latest_ms, published),
             )
-    _check(path)
+    _check(path, cancelled=cancelled)
     _settle(path)
+
+
+def check_copy(
+    path: Path, progress: Report = lambda done, total: None, cancelled: Callable[[], bool] = lambda: False
+) -> None:
+    """Any one thread. Whether a file is an intact database, indexes compared only in size; reads all of it.
+
+    Raises DamagedCopyError, CopyCancelledError.
+    """
+    _check(path, progress, cancelled, pragma="quick_check")
 
 
 @contextlib.contextmanager
@@ -178,41 +211,84 @@ def _opened(path: Path) -> Iterator[apsw.Connection]:
     connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
     try:
         if tables.META.strip('"') not in capture.installed(connection).tables:
-            raise DamagedCopyError(f"{path}: not a copy of a replicated database")
+            raise DamagedCopyError(path, "not a copy of a replicated database")
         yield connection
     except (apsw.NotADBError, apsw.CorruptError) as error:
-        raise DamagedCopyError(f"{path}: {error}") from error
+        raise DamagedCopyError(path, error) from error
     finally:
         connection.close(True)
 
 
-def _check(path: Path) -> None:
+def _check(
+    path: Path,
+    progress: Report = lambda done, total: None,
+    cancelled: Callable[[], bool] = lambda: False,
+    *,
+    pragma: str = "integrity_check",
+) -> None:
+    if cancelled():
+        raise CopyCancelledError("the check was given up")
     connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
     try:
-        found = _integrity(connection)
+        with _interrupting(connection, cancelled):
+            _tell_progress(connection, progress)
+            found = integrity(connection, pragma)
+    except apsw.InterruptError:
+        raise CopyCancelledError("the check was given up") from None
     except (apsw.NotADBError, apsw.CorruptError) as error:
-        raise DamagedCopyError(f"{path}: {error}") from error
+        raise DamagedCopyError(path, error) from error
     finally:
         connection.close(True)
     if found:
-        raise DamagedCopyError(f"{path}: {found}")
+        raise DamagedCopyError(path, found)
 
 
-def _integrity(connection: apsw.Connection) -> str | None:
+def _tell_progress(connection: apsw.Connection, progress: Report) -> None:
+    """By the pages that were read. SQLite before 3.41 tells nothing while it goes through a table."""
+    pages, page_bytes = (sql.integer(connection, f"PRAGMA {name}") for name in ("page_count", "page_size"))
+
+    def tell() -> bool:
+        read = connection.status(apsw.SQLITE_DBSTATUS_CACHE_MISS, False)[0]
+        progress(min(read, pages) * page_bytes, pages * page_bytes)
+        return False
+
+    connection.setprogresshandler(tell, CHECK_STEPS)
+
+
+@contextlib.contextmanager
+def _interrupting(connection: apsw.Connection, cancelled: Callable[[], bool]) -> Iterator[None]:
+    """What runs on the connection ends with apsw.InterruptError soon after `cancelled`."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(CHECK_LOOK_S):
+            if cancelled():
+                connection.interrupt()
+
+    watcher = threading.Thread(target=watch, name="check")
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def integrity(connection: apsw.Connection, pragma: str) -> str | None:
     """What is damaged, if anything."""
     with contextlib.suppress(apsw.SQLError):
-        return _complaint(connection, "1")
+        return _complaint(connection, f"{pragma}(1)")
     # Something uses a collation or a function that only the application has: all the others can be looked at.
     for (name,) in sql.rows(connection, "SELECT name FROM sqlite_schema WHERE type = 'table'"):
         with contextlib.suppress(apsw.SQLError):
-            if complaint := _complaint(connection, sql.quote(name)):
+            if complaint := _complaint(connection, f"{pragma}({sql.quote(name)})"):
                 return complaint
     return None
 
 
-def _complaint(connection: apsw.Connection, what: str) -> str | None:
-    found = str(sql.scalar(connection, f"PRAGMA integrity_check({what})"))
-    return None if found == "ok" else found
+def _complaint(connection: apsw.Connection, pragma: str) -> str | None:
+    found = str(sql.scalar(connection, f"PRAGMA {pragma}"))
+    return None if found == "ok" else " ".join(found.removeprefix("*** in database main ***").split())
 
 
 @contextlib.contextmanager
@@ -245,5 +321,5 @@ def _settle(path: Path) -> None:
 
 def remove_database(path: Path) -> None:
     """A database file and what SQLite keeps beside it."""
-    for suffix in ("", "-journal", "-wal", "-shm"):
+    for suffix in DATABASE_SUFFIXES:
         path.with_name(path.name + suffix).unlink(missing_ok=True)

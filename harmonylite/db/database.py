@@ -15,7 +15,8 @@ from pathlib import Path
 
 import apsw
 
-from harmonylite.db import install, sql, tables, versions
+from harmonylite.db import install, sql, tables, unread, versions
+from harmonylite.db.checkpoint import Checkpoints
 from harmonylite.db.schema import Schema, schema_cookie
 from harmonylite.db.tables import State
 from harmonylite.model import Position
@@ -50,7 +51,7 @@ class PositionsLostError(Exception):
 
 
 class Database:
-    """Owns both connections, the state and the schema. `on_schema` is called inside the transaction that installed
+    """Owns the connections, the state and the schema. `on_schema` is called inside the transaction that installed
     capture for a schema, before anything else happens in it."""
 
     def __init__(
@@ -66,11 +67,16 @@ class Database:
         self._noted: dict[str, Position] = {}
         self._forgotten: set[str] = set()
         self._lock_seconds = 0.0
+        # How long the last transaction held the write lock, and when it let go of it, by time.monotonic().
+        self.last_held_s = self.released_at = 0.0
         # The latest time that a write may claim, and what local times are off by, as the caller knows them.
         self.bound_ms = versions.UNBOUNDED_MS
         self.correction = versions.NO_CORRECTION
         self.state = State()
         self.schema: Schema | None = None
+        # Inside `on_schema`: whether the last installation was committed; the new names of tables renamed since.
+        self.reinstalling = False
+        self.renamed: frozenset[str] = frozenset()
         self.instance_id = ""
         self.numbers: Iterator[int] = iter(())
 
@@ -78,45 +84,59 @@ class Database:
         """See Replica.open."""
         self.writer = sql.open_writer(self.path)
         try:
+            self.checkpoints = Checkpoints(self.path, self.writer)
             with self.transaction():
                 pass
             self._forgotten.clear()  # nobody has read anything yet
             self.reader = sql.open_reader(self.path)
+            self.looker = sql.open_reader(self.path)
         except BaseException:
-            self.writer.close()
+            self.close()
             raise
 
     def close(self) -> None:
-        for name in ("reader", "writer"):
+        checkpoints: Checkpoints | None = getattr(self, "checkpoints", None)
+        if checkpoints is not None:
+            checkpoints.close()
+        for name in ("looker", "reader", "writer"):
             connection: apsw.Connection | None = getattr(self, name, None)
             if connection is not None:
                 connection.close()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """A write transaction, with the schema as it is now. Adds up how long the lock was held."""
+        """A write transaction, with the schema as it is now. Notes how long the lock was held."""
         state, schema, loaded = self.state, self.schema, self._loaded
         noted: list[Position] = []
+        started = 0.0
+        self.checkpoints.before_write()
         try:
             with sql.write_transaction(self.writer):
-                started = time.perf_counter()
-                try:
-                    self._prepare()
-                    noted = [each for each in self._noted.values() if each.stream not in self._forgotten]
-                    for position in noted:
-                        tables.save_position(self.writer, position)
-                    yield
-                    tables.save_state(self.writer, self._stored, self.state)
-                finally:
-                    self._lock_seconds += time.perf_counter() - started
+                started = time.monotonic()
+                self._prepare()
+                noted = [each for each in self._noted.values() if each.stream not in self._forgotten]
+                for position in noted:
+                    tables.save_position(self.writer, position)
+                yield
+                tables.save_state(self.writer, self._stored, self.state)
         except BaseException:
             self.state, self._loaded = state, loaded
             if self.schema is not schema:
                 self.schema = None  # TEMP triggers went back with the transaction, too: all is installed again
             raise
+        finally:
+            if started:
+                self._note_lock(started)
         for position in noted:
             if self._noted.get(position.stream) is position:
                 del self._noted[position.stream]
+        self.checkpoints.after_commit()
+
+    def _note_lock(self, since: float) -> None:
+        """With the commit, which writes all changed pages into the log."""
+        self.released_at = time.monotonic()
+        self.last_held_s = self.released_at - since
+        self._lock_seconds += self.last_held_s
 
     def _prepare(self) -> None:
         """What every transaction begins with."""
@@ -152,19 +172,30 @@ class Database:
         self.numbers = count(epoch << EPOCH_SHIFT)
         if tables.get_meta(self.writer, "boot_id") != self._settings.boot_id:
             tables.set_meta(self.writer, "boot_id", self._settings.boot_id)
+            # Before the logs are absorbed: what is in them was mostly written in this boot, before the daemon started,
+            # and a correction of its clock tells by the times what was not.
             self.state = replace(self.state, boot_batch=self.state.batch)
 
     def _install(self) -> None:
         settings = self._settings
         wanted = install.Settings(settings.node_id, settings.publish, settings.include, settings.exclude)
         known = self.schema
+        self.reinstalling = known is not None
         positions = {stream for (stream,) in sql.rows(self.writer, f"SELECT stream FROM {tables.POSITION}")}
-        self.schema, self.state = install.install(self.writer, wanted, self.state, self.bound_ms, self.correction)
+        self.schema, self.state, self.renamed = install.install(
+            self.writer, wanted, self.state, self.bound_ms, self.correction
+        )
         kept = {stream for (stream,) in sql.rows(self.writer, f"SELECT stream FROM {tables.POSITION}")}
         self._forgotten |= (positions | self._noted.keys()) - kept if positions != kept else set()
         if known is not None:
             log.info("schema changed", extra={"fields": {"tables": len(self.schema.tables)}})
         self._on_schema(self.schema)
+
+    def installed(self) -> Schema:
+        """The schema, where it is known to be installed."""
+        schema = self.schema
+        assert schema is not None, "open() first"
+        return schema
 
     def is_stale(self, connection: apsw.Connection) -> bool:
         """Whether the schema that a connection sees is another than the one that capture was installed for."""
@@ -200,6 +231,10 @@ class Database:
             or self._synced_ms > self.state.synced_at_ms
             or bool(self._noted)
         )
+
+    def count_unread(self) -> None:
+        """Inside a transaction that changed what is kept of unread messages."""
+        self.state = replace(self.state, unread=unread.count(self.writer))
 
     def raise_floor(self, server_ms: int) -> None:
         """Inside a transaction that has emptied the change logs: what is written from now on was written after

@@ -15,7 +15,7 @@ import apsw
 
 from harmonylite.db.capture import MAYBE_EVICTED, NOW_MS, key_columns, key_match
 from harmonylite.db.outbox import decode_typed, typed_keys_sql
-from harmonylite.db.rows import bound, marker
+from harmonylite.db.rows import after, bound, marker
 from harmonylite.db.schema import Table
 from harmonylite.db.sql import integer, log_table, quote, rows, version_table
 from harmonylite.model import Row
@@ -23,25 +23,25 @@ from harmonylite.model import Row
 # A table of no more versions is looked through whenever it was written: reading so many takes half a millisecond.
 LOOK_ROWS = 20_000
 
+# A larger one is looked through in pieces of so many versions: some 10 ms each, and the view of the database is let go.
+PIECE_ROWS = 20_000
+
 
 @dataclass(frozen=True, slots=True)
 class _Statements:
     """size: the number of versions; small: whether it is at most LOOK_ROWS; surplus: live versions minus rows; log:
-    logs the key of every live version without a row; stamp: gives the other rows the version (0,0)."""
+    logs the key of every live version without a row."""
 
     size: str
     small: str
     surplus: str
     log: str
-    stamp: str
 
     @classmethod
     def of(cls, table: Table) -> _Statements:
         name, version, keys = quote(table.name), version_table(table.name), key_columns(table)
         nulls = " OR ".join(f"{quote(part.name)} IS NULL" for part in table.key if part.nullable)
         unkeyed = f" + (SELECT count(*) FROM {name} WHERE {nulls})" if nulls else ""
-        theirs = ", ".join(f"r.{quote(part.name)}" for part in table.key)
-        present = "".join(f" AND r.{quote(part.name)} IS NOT NULL" for part in table.key if part.nullable)
         return cls(
             size=f"SELECT count(*) FROM {version}",
             small=f"SELECT count(*) <= {LOOK_ROWS} FROM (SELECT 1 FROM {version} LIMIT {LOOK_ROWS + 1})",
@@ -54,25 +54,32 @@ class _Statements:
                 f"INSERT INTO {log_table(table.name)} (ts, op, {keys}) SELECT ?, {MAYBE_EVICTED}, {keys}"
                 f" FROM {version} AS v WHERE {_vanished(table)}"
             ),
-            stamp=(
-                f"INSERT INTO {version} ({keys}, ts, node) SELECT {theirs}, 0, 0 FROM {name} AS r WHERE NOT EXISTS"
-                f" (SELECT 1 FROM {version} AS v WHERE {key_match(table, 'v', 'r')}){present}"
-            ),
         )
 
 
 class Evictions:
     """Looks for such rows inside the transaction that absorbs; for those of the tables where they can be.
 
-    unlooked: tables (by name) that may have lost rows unseen: too large to be looked through here, or not written since
-    this was made.
+    unlooked: tables (by name) that may have lost rows unseen: too large to be looked through here, not written since
+    this was made, or with rows that have no version yet.
     """
 
     def __init__(self, tables: Iterable[Table]) -> None:
         self._statements = {table.name: _Statements.of(table) for table in tables if table.evicts_unseen}
         self._due = tuple(f"SELECT EXISTS (SELECT 1 FROM {log_table(name)})" for name in self._statements)
         self._small: dict[str, bool] = {}
+        self._incomplete: set[str] = set()
         self.unlooked = set(self._statements)
+
+    def leave_to_look(self, names: Iterable[str]) -> None:
+        """Tables with rows that have no version yet (stamping.py): there, the counts tell nothing."""
+        self._incomplete.update(names)
+
+    def complete(self, name: str) -> None:
+        """Every row of a table that was left out has a version now; what was evicted meanwhile is to be looked for."""
+        self._incomplete.discard(name)
+        if name in self._statements:
+            self.unlooked.add(name)
 
     def is_due(self, connection: apsw.Connection) -> bool:
         """Whether a log holds writes that may have evicted rows unseen."""
@@ -83,6 +90,9 @@ class Evictions:
         just absorbed, one of those that may have evicted them. Returns whether there were any."""
         statements = self._statements.get(table.name)
         if statements is None:
+            return False
+        if table.name in self._incomplete:
+            self.unlooked.add(table.name)
             return False
         small = self._small.get(table.name)
         if small is None:
@@ -99,29 +109,42 @@ class Evictions:
         return connection.changes() > 0
 
 
-def stamp_unversioned(connection: apsw.Connection, table: Table) -> int:
-    """Give every row without a version the version (0,0). Returns how many there were."""
-    statements = _Statements.of(table)
-    if not integer(connection, statements.surplus):
-        return 0
-    connection.execute(statements.stamp)
-    return connection.changes()
+class Look:
+    """A way through the versions of any one table, for rows that should be there and are not: in short pieces, so that
+    no view of the database is held for long."""
+
+    def __init__(self, connection: apsw.Connection, table: Table) -> None:
+        self._connection = connection
+        self._table = table
+        self._last: Row | None = None
+        self.ended = False
+
+    def step(self) -> list[Row]:
+        """Keys of such rows among the next PIECE_ROWS versions; `ended` after the last ones."""
+        name, keys = version_table(self._table.name), key_columns(self._table)
+        beyond, bindings = after(self._table, self._last)
+        listed = f"FROM {name} {beyond} ORDER BY {keys} LIMIT 1 OFFSET {PIECE_ROWS - 1}"
+        ends = rows(self._connection, f"SELECT {typed_keys_sql(self._table)} {listed}", bindings)
+        where = f"{beyond} AND" if beyond else "WHERE"
+        if ends:
+            self._last = decode_typed(ends[0])
+            where += f" ({keys}) <= ({', '.join(map(marker, self._last))}) AND"
+            bindings = (*bindings, *bound(self._last))
+        self.ended = not ends
+        sql = f"SELECT {typed_keys_sql(self._table, 'v.')} FROM {name} AS v {where} {_vanished(self._table)}"
+        return [decode_typed(row) for row in rows(self._connection, sql, bindings)]
 
 
-def find(connection: apsw.Connection, table: Table, limit: int) -> list[Row]:
-    """Keys of rows of any table that should be there and are not. Reads all its versions."""
-    sql = f"SELECT {typed_keys_sql(table, 'v.')} FROM {version_table(table.name)} AS v WHERE {_vanished(table)} LIMIT ?"
-    return [decode_typed(row) for row in rows(connection, sql, (limit,))]
-
-
-def log(connection: apsw.Connection, table: Table, key: Row) -> None:
-    """As if a trigger had seen it; the row's absence is checked once more when this is absorbed."""
-    markers = ", ".join(marker(value) for value in key)
+def log(connection: apsw.Connection, table: Table, key: Row) -> int:
+    """If that row should be there and is not, as if a trigger had seen it. Returns how many it was."""
+    where = " AND ".join(f"v.k{i} = {marker(value)}" for i, value in enumerate(key))
+    keys = key_columns(table)
     connection.execute(
-        f"INSERT INTO {log_table(table.name)} (ts, op, {key_columns(table)})"
-        f" VALUES ({NOW_MS}, {MAYBE_EVICTED}, {markers})",
+        f"INSERT INTO {log_table(table.name)} (ts, op, {keys}) SELECT {NOW_MS}, {MAYBE_EVICTED}, {keys}"
+        f" FROM {version_table(table.name)} AS v WHERE {where} AND {_vanished(table)}",
         bound(key),
     )
+    return connection.changes()
 
 
 def _vanished(table: Table) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +19,9 @@ import apsw
 
 from harmonylite.db import capture, schema
 from harmonylite.db.conflicts import COUNT_WAITING
-from harmonylite.db.sql import PREFIX, integer, log_table, normal, rows, snapshot, version_table
-from harmonylite.db.tables import CONFLICT, META, PARKED, POSITION, TABLE
+from harmonylite.db.copy import integrity
+from harmonylite.db.sql import PREFIX, integer, log_table, normal, rows, scalar, snapshot, version_table
+from harmonylite.db.tables import CONFLICT, META, META_VALUE, PARKED, POSITION, TABLE, UNREAD, load_state
 from harmonylite.model import Position, Row, Value
 from harmonylite.wire import WireError, unpack
 
@@ -27,9 +29,31 @@ T = TypeVar("T")
 
 BUSY_TIMEOUT_MS = 2_000
 
+# Before this version SQLite does not let go in the middle of a table that it checks (https://sqlite.org/changes.html):
+# then only a file is looked through that a slow card reads in the time there is.
+_INTERRUPTIBLE_CHECK = (3, 41)
+_SLOW_CARD_BYTES_PER_S = 20 << 20
+
 
 class DatabaseUnreadable(Exception):  # noqa: N818
-    """The file cannot be read as a SQLite database; the text says which, why and what to do."""
+    """The file cannot be read as a SQLite database; the text says which, why and what to do.
+
+    damaged: its content is not what SQLite wrote, or was never a database.
+    """
+
+    def __init__(self, text: str, *, damaged: bool = False) -> None:
+        super().__init__(text)
+        self.damaged = damaged
+
+
+@dataclass(frozen=True, slots=True)
+class Soundness:
+    """What a look for damage found. complaint: SQLite's words, None for no damage in what was looked at; looked_at: how
+    much of the file that is, 0 to 1; size: of the database, bytes."""
+
+    complaint: str | None
+    looked_at: float
+    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +62,7 @@ class Overview:
 
     node_id: None before the first start; tables: the replicated ones; pending_rows: rows and logged changes that no
     stream has acknowledged, where a row that changed again after its absorption counts once more; conflicts_total:
-    rows ever discarded.
+    rows ever discarded; incomplete: see `tables.State`.
     """
 
     node_id: int | None
@@ -47,6 +71,7 @@ class Overview:
     parked_rows: int
     conflicts_total: int
     positions: tuple[Position, ...]
+    incomplete: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +111,18 @@ class Parked:
 
 
 @dataclass(frozen=True, slots=True)
+class UnreadMessage:
+    """A message that this version could not read, and another may. node: who may have sent it; times in ms."""
+
+    stream: str
+    sequence: int
+    node: int
+    error: str
+    stored_ms: int
+    recorded_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class Health:
     """journal_mode: as PRAGMA journal_mode says; tables: what could be replicated; uncaptured: those of them whose
     triggers are not all there; skipped: what cannot be replicated, and why."""
@@ -101,6 +138,11 @@ def overview(path: Path) -> Overview:
     return _ask(path, _overview)
 
 
+def node_id(path: Path) -> int | None:
+    """Whose database this was at the last start; None before the first. Raises DatabaseUnreadable."""
+    return _ask(path, _node_id)
+
+
 def conflicts(path: Path, table: str | None = None, limit: int | None = None) -> list[Conflict]:
     """Discarded rows, the newest first, of one table or of all. Raises DatabaseUnreadable."""
     return _ask(path, lambda connection: _conflicts(connection, table, limit))
@@ -111,12 +153,41 @@ def parked(path: Path, table: str | None = None) -> list[Parked]:
     return _ask(path, lambda connection: _parked(connection, table))
 
 
+def unread(path: Path) -> list[UnreadMessage]:
+    """Messages that wait for another version, in the streams' order. Raises DatabaseUnreadable."""
+    return _ask(path, _unread)
+
+
 def health(path: Path, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Health:
     """include, exclude: glob patterns over table names, as in the configuration. Raises DatabaseUnreadable."""
     found = _ask(path, lambda connection: _health(connection, include, exclude))
     # An immutable connection (see `_ask`) knows no WAL and says "delete".
     in_wal_mode = found.journal_mode == "delete" and (_has_wal(path) or _in_wal_mode(path))
     return replace(found, journal_mode="wal") if in_wal_mode else found
+
+
+def soundness(path: Path, seconds: float) -> Soundness:
+    """Look through the file for damage, for about that long. Raises DatabaseUnreadable."""
+    return _ask(path, lambda connection: _soundness(connection, seconds))
+
+
+def _soundness(connection: apsw.Connection, seconds: float) -> Soundness:
+    pages, page_bytes = (integer(connection, f"PRAGMA {name}") for name in ("page_count", "page_size"))
+    size = pages * page_bytes
+    version = tuple(map(int, apsw.sqlite_lib_version().split(".")[:2]))
+    if version < _INTERRUPTIBLE_CHECK and size > seconds * _SLOW_CARD_BYTES_PER_S:
+        return Soundness(None, 0.0, size)
+    deadline = time.monotonic() + seconds
+    connection.setprogresshandler(lambda: time.monotonic() > deadline, 10_000)
+    try:
+        complaint, looked_at = integrity(connection, "quick_check"), 1.0
+    except apsw.InterruptError:
+        # Each page is read once, and hardly any is cached before.
+        read = connection.status(apsw.SQLITE_DBSTATUS_CACHE_MISS, False)[0]
+        complaint, looked_at = None, min(0.99, read / max(1, pages))
+    except (apsw.CorruptError, apsw.NotADBError) as error:
+        complaint, looked_at = str(error), 1.0
+    return Soundness(complaint, looked_at, size)
 
 
 def _overview(connection: apsw.Connection) -> Overview:
@@ -146,6 +217,7 @@ def _overview(connection: apsw.Connection) -> Overview:
         parked_rows=count(COUNT_WAITING, f"{PREFIX}parked"),
         conflicts_total=meta.get("conflicts_total") or 0,
         positions=tuple(positions),
+        incomplete=load_state(connection).incomplete if meta else None,
     )
 
 
@@ -184,6 +256,14 @@ def _parked(connection: apsw.Connection, table: str | None) -> list[Parked]:
     ]
 
 
+def _unread(connection: apsw.Connection) -> list[UnreadMessage]:
+    if f"{PREFIX}unread" not in capture.installed(connection).tables:
+        return []
+    columns = "stream, sequence, publisher, error, stored_ms, recorded_ms"
+    found = rows(connection, f"SELECT {columns} FROM {UNREAD} ORDER BY stream, created, sequence")
+    return [UnreadMessage(*row) for row in found]
+
+
 def _key(data: bytes) -> Row:
     """The values of a key. Bytes that are not one are shown as they are: a listing must not fail over them."""
     try:
@@ -199,6 +279,14 @@ def _row(data: bytes | None) -> Mapping[str, Value] | None:
     except WireError:
         return {"unreadable": data}
     return values if isinstance(values, dict) and values else None
+
+
+def _node_id(connection: apsw.Connection) -> int | None:
+    try:
+        found = scalar(connection, META_VALUE, ("node_id",))
+    except apsw.SQLError:  # no such table
+        return None
+    return found if isinstance(found, int) else None
 
 
 def _health(connection: apsw.Connection, include: Sequence[str], exclude: Sequence[str]) -> Health:
@@ -269,7 +357,8 @@ def _answer(path: Path, question: Callable[[apsw.Connection], T], *, immutable: 
         finally:
             connection.close()
     except apsw.Error as error:
-        raise DatabaseUnreadable(f"{path}: {_why(path, error)}") from error
+        damaged = isinstance(error, (apsw.CorruptError, apsw.NotADBError))
+        raise DatabaseUnreadable(f"{path}: {_why(path, error)}", damaged=damaged) from error
 
 
 def _why(path: Path, error: apsw.Error) -> str:

@@ -7,12 +7,13 @@ log. Running it again changes nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import apsw
 
-from harmonylite.db import capture, evictions, schema, tables, versions
+from harmonylite.db import capture, schema, stamping, tables, versions
+from harmonylite.db.held import HELD
 from harmonylite.db.schema import Schema, Table
 from harmonylite.db.sql import PREFIX, integer, log_table, normal, quote, rows, version_table
 from harmonylite.db.tables import State
@@ -41,8 +42,9 @@ def install(
     state: State,
     bound_ms: int = versions.UNBOUNDED_MS,
     correction: Correction = versions.NO_CORRECTION,
-) -> tuple[Schema, State]:
-    """Returns the schema as it is now replicated, and the state to be saved. The times are for what the logs hold."""
+) -> tuple[Schema, State, frozenset[str]]:
+    """Returns the schema as it is now replicated, the state to be saved, and the new names (normal) of tables that were
+    renamed. The times are for what the logs hold."""
     found = schema.load(connection, settings.include, settings.exclude)
     everything = schema.load(connection)
     moved = _follow_renames(connection, everything)
@@ -50,7 +52,9 @@ def install(
     first = not known
     _forget_dropped(connection, known, everything)
     lost_logs = _tables_without_log(connection, known, everything)
-    state = _absorb_leftovers(connection, everything, known, settings.node_id, state, bound_ms, correction)
+    # The old table of a new name says nothing of it.
+    stamped = {name for name in stamping.stamped(connection) if _is_known(known, name)} - moved
+    state = _absorb_leftovers(connection, everything, known, stamped, settings.node_id, state, bound_ms, correction)
     lost = _rebuild_damaged(connection, found, known)
     versions.create_tables(connection, found.tables.values(), with_logs=settings.publish)
     state = replace(state, batch=max([state.batch, *(_newest_batch(connection, t) for t in found.tables.values())]))
@@ -63,25 +67,27 @@ def install(
         key = normal(table.name)
         # A table that came after the first installation has rows that nobody saw; at the first, nothing is stamped.
         if settings.publish and not first and (key in lost | off | lost_logs):
-            state = _recapture(connection, table, settings.node_id, state)
-        if settings.publish and table.evicts_unseen and (stamped := evictions.stamp_unversioned(connection, table)):
-            log.info(
-                "rows are known from now on: one that OR REPLACE evicts is noticed",
-                extra={"fields": {"table": table.name, "rows": stamped}},
-            )
+            state = _recapture(connection, table, settings.node_id, state, new=_name(known, table) is None)
+            stamped.add(key)
         connection.execute(
             f"INSERT INTO {tables.TABLE} VALUES (?, ?)"
             " ON CONFLICT (name) DO UPDATE SET definition = excluded.definition",
             (table.name, capture.definition(table)),
         )
+    watched = {key for key, table in found.tables.items() if settings.publish and table.evicts_unseen}
+    stamping.note(connection, stamped & watched)
     if lost:
         # The versions are gone: only the stream can say again what they were.
         connection.execute(f"DELETE FROM {tables.POSITION}")
-    return replace(found, cookie=schema.schema_cookie(connection)), state
+    return replace(found, cookie=schema.schema_cookie(connection)), state, moved
 
 
 def _name(known: dict[str, str], table: Table) -> str | None:
     return next((name for name in known if normal(name) == normal(table.name)), None)
+
+
+def _is_known(known: dict[str, str], name: str) -> bool:
+    return any(normal(each) == name for each in known)
 
 
 def _known(connection: apsw.Connection, everything: Schema) -> dict[str, str]:
@@ -155,6 +161,7 @@ def _absorb_leftovers(
     connection: apsw.Connection,
     everything: Schema,
     known: dict[str, str],
+    stamped: Collection[str],
     node_id: int,
     state: State,
     bound_ms: int,
@@ -175,6 +182,7 @@ def _absorb_leftovers(
         if all(f"{PREFIX}{table.name}_{kind}" in triggers for kind in capture.ESSENTIAL)
     }
     absorber = versions.Absorber(replace(everything, tables=intact), node_id, captured)
+    absorber.evictions.leave_to_look(table.name for key, table in intact.items() if key not in stamped)
     _, state = absorber.absorb(connection, state, bound_ms=bound_ms, correction=correction, limit=versions.UNBOUNDED_MS)
     return state
 
@@ -206,7 +214,7 @@ def _rebuild_damaged(connection: apsw.Connection, found: Schema, known: dict[str
 
 
 def _newest_batch(connection: apsw.Connection, table: Table) -> int:
-    return integer(connection, f"SELECT max(batch) FROM {version_table(table.name)} WHERE batch IS NOT NULL")
+    return integer(connection, f"SELECT max(batch) FROM {version_table(table.name)} WHERE batch < {HELD}")
 
 
 def _fix_triggers(connection: apsw.Connection, found: Schema) -> frozenset[str]:
@@ -226,13 +234,20 @@ def _fix_triggers(connection: apsw.Connection, found: Schema) -> frozenset[str]:
     return frozenset(off)
 
 
-def _recapture(connection: apsw.Connection, table: Table, node_id: int, state: State) -> State:
+def _recapture(connection: apsw.Connection, table: Table, node_id: int, state: State, *, new: bool) -> State:
+    """new: nothing of it was ever captured."""
     batch = state.batch + 1
     changed = versions.recapture(connection, table, node_id=node_id, batch=batch, published=state.published_batch)
-    log.warning(
-        "capture was off for this table: all its rows are published again, at the versions they had",
-        extra={"fields": {"table": table.name, "rows": changed}},
-    )
+    fields = {"table": table.name, "rows": changed}
+    if new:
+        log.info("table is replicated from now on, with the rows that it has", extra={"fields": fields})
+    elif changed:
+        log.warning(
+            "table was rebuilt, or capture was off for it: all its rows are published again, at the versions they had",
+            extra={"fields": fields},
+        )
+    else:
+        log.info("table is captured again; it has no rows, and had none", extra={"fields": fields})
     return replace(state, batch=batch)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from harmonylite.db.capture import key_columns
 from harmonylite.db.outbox import decode_typed, typed_keys_sql
-from harmonylite.db.rows import bound, marker
+from harmonylite.db.rows import after, bound, marker
 from harmonylite.db.schema import Table
 from harmonylite.db.sql import integer, rows, version_table
 from harmonylite.model import Position, Row
@@ -64,7 +64,7 @@ class Marking:
     def _piece(self, table: Table) -> tuple[Row | None, int]:
         """The last key of the next MARK_ROWS rows after the one reached, None for the end of the table; how many."""
         connection = self._replica.writer
-        beyond, bindings = _after(table, self._last)
+        beyond, bindings = after(table, self._last)
         listed = f"FROM {version_table(table.name)} {beyond} ORDER BY {key_columns(table)}"
         found = rows(connection, f"SELECT {typed_keys_sql(table)} {listed} LIMIT 1 OFFSET {MARK_ROWS - 1}", bindings)
         if found:
@@ -75,7 +75,7 @@ class Marking:
     def _mark(self, table: Table, end: Row | None) -> int:
         """Mark what is not pending after the key reached, up to `end`; in a batch of its own."""
         replica = self._replica
-        beyond, bindings = _after(table, self._last)
+        beyond, bindings = after(table, self._last)
         where = f"{beyond} AND" if beyond else "WHERE"
         if end is not None:
             where += f" ({key_columns(table)}) <= ({', '.join(map(marker, end))}) AND"
@@ -92,8 +92,9 @@ class Marking:
         return marked
 
 
-def _after(table: Table, last: Row | None) -> tuple[str, Row]:
-    """The condition on keys after `last`, with its bindings."""
-    if last is None:
-        return "", ()
-    return f"WHERE ({key_columns(table)}) > ({', '.join(map(marker, last))})", bound(last)
+def start_over(replica: Replica, position: Position) -> None:
+    """All of it, in one go for the caller: everything is pending again, and reading goes on at `position`."""
+    marking = Marking(replica)
+    while marking.step():
+        pass
+    marking.finish(position)

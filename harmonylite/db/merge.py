@@ -14,22 +14,21 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import apsw
 
-from harmonylite.db import capture, difference, reconcile, schema, sql, tables, versions
+from harmonylite.db import difference, left_out, reconcile, schema, snapshot_file, sql, tables, versions
 from harmonylite.db.conflicts import Parked, load_parked
-from harmonylite.db.copy import DamagedCopyError
+from harmonylite.db.copy import DamagedDatabaseError, check_copy
 from harmonylite.db.difference import DELETE, MARK, TAKE, WINDOW_ROWS, Found, Scan
 from harmonylite.db.resolve import Context
 from harmonylite.db.rows import identity, unpack_key
 from harmonylite.db.schema import Schema, Table
-from harmonylite.db.sparse import entries, tables_with_entries
+from harmonylite.db.sparse import entries
 from harmonylite.db.versions import NO_CORRECTION, Correction
 from harmonylite.model import Position, Row
 
@@ -38,9 +37,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# A write transaction should hold the lock about so long, and takes twice that now and then: SQLite's busy handler looks
-# again after 1, 3, 8, 18, 33 and 53 ms, and the application hardly ever waits longer than 33 ms (benchmarks/catchup).
-AIM_S = 0.012
+# A write transaction should hold the lock about so long, commit included: see `pace`.
+AIM_S = 0.007
 FIRST_ROWS, LEAST_ROWS, MOST_ROWS = 100, 10, 4_000
 
 # Rows that share unique values are written together, so many at least.
@@ -110,11 +108,14 @@ class Merger:
         tombstones_since_ms: int,
         *,
         created_ms: int | None = None,
+        in_step: bool = False,
     ) -> None:
         """positions, tombstones_since_ms, created_ms (server time): the manifest's. The snapshot's file is only read.
 
-        created_ms bounds what the snapshot's node had not published, as the stream would have (DESIGN 8).
+        created_ms bounds what the snapshot's node had not published, as the stream would have (DESIGN 8). in_step: all
+        streams were read to their ends and missed nothing, so the cluster knows every version that is here.
         """
+        self._in_step = in_step
         self._latest_ms = versions.UNBOUNDED_MS if created_ms is None else created_ms + replica.tolerance_ms
         self._replica = replica
         self._path = snapshot
@@ -127,20 +128,11 @@ class Merger:
         self._progress = MergeProgress(_PHASES[TAKE], "", 0, 0)
 
     def open(self) -> None:
-        """Writer. Opens the connections that `find` uses. Raises DamagedCopyError."""
-        with _reading(self._path):
-            snapshot = apsw.Connection(_immutable(self._path), flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI)
-            try:
-                if tables.META.strip('"') not in capture.installed(snapshot).tables:
-                    raise DamagedCopyError(f"{self._path}: not a copy of a replicated database")
-                self._their_schema = schema.load(snapshot)
-                self._their_tables = capture.installed(snapshot).tables
-                self._their_state = tables.load_state(snapshot)
-                self._their_sparse = tables_with_entries(snapshot)
-            finally:
-                snapshot.close(True)
-            self._connection = sql.open_beside(self._replica.path, "snap", _immutable(self._path))
-        self._plan()
+        """Writer. Opens the connections that `find` uses. Raises DamagedCopyError, DamagedDatabaseError."""
+        self._theirs = snapshot_file.load(self._path, self._replica.wants)
+        with self._own():
+            self._connection = self._theirs.attached(self._replica.path)
+            self._plan()
 
     def close(self) -> None:
         """Any thread. Twice is fine; the snapshot's file stays."""
@@ -159,18 +151,18 @@ class Merger:
         """Writer. From the beginning, for the schema as it is here now; what is merged already is found equal."""
         replica = self._replica
         self._schema = replica.schema
-        known = replica.synced_at_ms(self._positions)
+        known = replica.completeness.synced_at_ms(self._positions)
         self._first_join = known == 0
-        self._in_window = known >= self._since_ms
+        self._in_window = self._in_step or known >= self._since_ms
         self._work = self._all_work(self._schema)
 
     def _scans(self, mine: Schema) -> Iterator[Scan]:
         """In the order in which they must run."""
         pairs: list[tuple[Table, Table]] = []
         takes: list[Scan] = []
-        for theirs in self._their_schema.tables.values():
-            if sql.normal(sql.version_table(theirs.name)).strip('"') not in self._their_tables:
-                continue  # the snapshot's node does not replicate it: its copy says nothing about the cluster's
+        for theirs in self._theirs.schema.tables.values():
+            if not self._theirs.replicates(theirs):
+                continue
             here = mine.table(theirs.name)
             if here is not None and difference.comparable(theirs, here):
                 pairs.append((theirs, here))
@@ -185,7 +177,10 @@ class Merger:
                     yield unversioned
         yield from takes
         for theirs, here in pairs if self._replica.publishes else ():
-            yield from difference.marking(here, theirs)
+            versioned, unversioned = difference.marking(here, theirs)
+            if not self._in_step:
+                yield versioned
+            yield unversioned
 
     def _all_work(self, mine: Schema) -> Iterator[Work]:
         connection = self._connection
@@ -214,7 +209,7 @@ class Merger:
         last: Row | None = None
         while True:
             end, seen = scan.end_of_piece(connection, last, WINDOW_ROWS)
-            published = self._their_state.published_batch if scan.kind == TAKE else self._replica.published()
+            published = self._theirs.state.published_batch if scan.kind == TAKE else self._replica.published()
             complete = False
             while not complete:
                 found, complete = scan.find(connection, last, end, published, self._rows, MAX_BYTES)
@@ -226,7 +221,7 @@ class Merger:
             if end is None:
                 break
             last = end
-        if scan.kind == TAKE and scan.versioned and scan.table.name in self._their_sparse:
+        if scan.kind == TAKE and scan.versioned and scan.table.name in self._theirs.sparse:
             yield from self._sparse_work(connection, scan)
 
     def _completed(self, connection: apsw.Connection, scan: Scan, found: Sequence[Found]) -> list[Found]:
@@ -259,14 +254,14 @@ class Merger:
         return found._replace(stamp=found.stamp._replace(ts=min(ts, max(self._latest_ms, base_ts + 1))))
 
     def _lookup(self, connection: apsw.Connection, theirs: Table, mine: Table, key: Row) -> Found | None:
-        published = self._their_state.published_batch
+        published = self._theirs.state.published_batch
         for scan in difference.taking(theirs, mine):
             if (found := scan.lookup(connection, key, published)) is not None:
                 return found
         return None
 
     def _with_older_columns(self, connection: apsw.Connection, scan: Scan, found: Found) -> Found:
-        if scan.table.name not in self._their_sparse or found.values is None:
+        if scan.table.name not in self._theirs.sparse or found.values is None:
             return found
         key = identity(scan.table, found.key)
         return found._replace(older=entries(connection, scan.table.name, key, table=f"snap.{tables.SPARSE}"))
@@ -284,7 +279,7 @@ class Merger:
             found = [
                 self._with_older_columns(connection, scan, each)
                 for (key,) in keys
-                if (each := everything.lookup(connection, unpack_key(key), self._their_state.published_batch))
+                if (each := everything.lookup(connection, unpack_key(key), self._theirs.state.published_batch))
             ]
             yield 0, Work(scan, [each._replace(pending=False) for each in found])
 
@@ -297,41 +292,45 @@ class Merger:
             last = (chunk[-1].table, chunk[-1].id)
             yield Work(parked=chunk)
 
-    def find(self) -> Work | None:
+    def find(self, cancelled: Callable[[], bool] = lambda: False) -> Work | None:
         """Any one thread, one call at a time, never while `write` runs: look at the next piece, for up to about a
-        second. None: everything was looked at and `finish` is due. Raises DamagedCopyError if the snapshot turns out
-        to be unreadable; nothing was lost by what was merged already."""
+        second. None: everything was looked at and `finish` is due.
+
+        Raises DamagedCopyError or DamagedDatabaseError if either cannot be read; nothing was lost by what was merged
+        already. To tell which, the snapshot is read as a whole: CopyCancelledError if that was cancelled.
+        """
         assert self._connection is not None, "open() first"
-        if (
-            self._replica.known_schema is not self._schema
-            or schema.schema_cookie(self._connection) != self._schema.cookie
-        ):
-            return Work(follow_schema=True)
-        with _reading(self._path):
-            try:
-                return next(self._work, None)
-            except apsw.SQLError:
-                if schema.schema_cookie(self._connection) == self._schema.cookie:
-                    raise
+        try:
+            if self._is_stale(self._connection):
                 return Work(follow_schema=True)
+            return next(self._work, None)
+        except apsw.SQLError:
+            if not self._is_stale(self._connection):
+                raise
+            return Work(follow_schema=True)
+        except (apsw.NotADBError, apsw.CorruptError) as error:
+            check_copy(self._path, cancelled=cancelled)
+            raise DamagedDatabaseError(self._replica.path, error) from error
+
+    def _is_stale(self, connection: apsw.Connection) -> bool:
+        return self._replica.known_schema is not self._schema or schema.schema_cookie(connection) != self._schema.cookie
 
     # -- doing it
 
     def write(self, work: Work, bound_ms: int | None = None, correction: Correction = NO_CORRECTION) -> None:
         """Writer. One short write transaction (more only while a long change log is absorbed first); bound_ms and
         correction as in Replica.apply. Raises apsw.BusyError, apsw.FullError, apsw.IOError with nothing changed:
-        call it again with the same work."""
+        call it again with the same work; DamagedDatabaseError."""
         done = 0
-        started = 0.0
 
         def job(context: Context) -> None:
-            nonlocal done, started
-            started = time.perf_counter()
+            nonlocal done
             if self._replica.schema is self._schema:
                 done = self._do(work, context)
 
-        context = self._replica.judge(job, bound_ms, correction)
-        took = time.perf_counter() - started
+        with self._own():
+            context = self._replica.judge(job, bound_ms, correction)
+        took = self._replica.last_held_s
         kind = work.scan.kind if work.scan is not None else TAKE
         report = self._report
         self._report = MergeReport(
@@ -366,13 +365,17 @@ class Merger:
         differs), `tombstones_since_ms` and `synced_at_ms` become those of the merged whole. Raises as `write`."""
 
         def job(_: Context) -> None:
-            self._replica.arrive(
+            names = [each.name for each in self._theirs.schema.tables.values() if self._theirs.replicates(each)]
+            left_out.add(self._replica.writer, [name for name in names if not self._replica.wants(name)])
+            self._replica.completeness.arrive(
                 self._positions,
-                synced_at_ms=self._their_state.synced_at_ms,
+                synced_at_ms=self._theirs.state.synced_at_ms,
                 tombstones_since_ms=self._since_ms,
+                unread_there=self._theirs.unread(self._connection) if self._connection is not None else [],
             )
 
-        self._replica.judge(job, bound_ms, correction)
+        with self._own():
+            self._replica.judge(job, bound_ms, correction)
         report = self._report
         log.info(
             "snapshot merged",
@@ -380,15 +383,9 @@ class Merger:
         )
         return report
 
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (apsw.NotADBError, apsw.CorruptError) as error:
-        raise DamagedCopyError(f"{path}: {error}") from error
-
-
-def _immutable(path: Path) -> str:
-    """The file as nobody else changes it: no locks, and nothing is made beside it."""
-    return f"{path.resolve().as_uri()}?immutable=1"
+    @contextlib.contextmanager
+    def _own(self) -> Iterator[None]:
+        try:
+            yield
+        except (apsw.NotADBError, apsw.CorruptError) as error:
+            raise DamagedDatabaseError(self._replica.path, error) from error

@@ -16,6 +16,7 @@ import apsw
 
 from harmonylite.db import tables
 from harmonylite.db.capture import key_columns, key_match
+from harmonylite.db.held import is_held, reach
 from harmonylite.db.schema import Schema, Table
 from harmonylite.db.sql import integer, quote, rows, version_table
 from harmonylite.model import Group, RawText, Row, Stamp, TableChanges, Value
@@ -35,11 +36,13 @@ _values_of = itemgetter(slice(_STAMP_WIDTH, None))
 class OutgoingGroup:
     """A group to publish. Once it and all before it are acknowledged, batches up to `through` are published.
 
-    torn: a transaction was larger than `max_transaction_bytes` and had to be cut (logged and counted).
+    torn: a transaction was larger than `max_transaction_bytes` and had to be cut (logged and counted); span: the
+    batches that it is of, or a part of.
     """
 
     group: Group
     through: int
+    span: Span
     torn: bool = False
 
 
@@ -72,7 +75,8 @@ class Outbox:
 
     group_rows: a group is closed once it holds so many; group_bytes: it holds no more than that if it can be cut
     between transactions, 0 for no such limit; max_bytes: it never holds more, a transaction is cut for that. Bytes are
-    those of the values in memory. All three may change between two calls of `groups`.
+    those of the values in memory. apart: spans whose batches are groups by themselves although they are joined. All
+    four may change between two calls of `groups`.
     """
 
     def __init__(
@@ -82,25 +86,34 @@ class Outbox:
         self.group_rows = group_rows
         self.group_bytes = 0
         self.max_bytes = max_bytes
+        self.apart: tuple[tuple[int, int], ...] = ()
         self._readers = tuple(_Reader(table) for table in schema.tables.values())
         self._numbers = numbers
 
-    def groups(self, connection: apsw.Connection, published: int) -> Iterator[OutgoingGroup]:
-        """All that is pending in the connection's view, oldest first."""
-        readers = [reader for reader in self._readers if reader.has_pending(connection, published)]
-        for span in self._spans(connection, readers, published):
+    def groups(self, connection: apsw.Connection, after: int) -> Iterator[OutgoingGroup]:
+        """What is pending in the connection's view of batches after `after`, oldest first: held ones (held.py), each as
+        a group of its own, or all others."""
+        readers = [reader for reader in self._readers if reader.has_pending(connection, after)]
+        for span in self._spans(connection, readers, after):
             yield from self._read(connection, readers, span)
 
-    def _spans(self, connection: apsw.Connection, readers: Sequence[_Reader], published: int) -> Iterator[Span]:
+    def _spans(self, connection: apsw.Connection, readers: Sequence[_Reader], after: int) -> Iterator[Span]:
         """Cut the pending batches into groups: about `group_rows` rows each, never between joined batches."""
         sizes: dict[int, int] = {}
         for reader in readers:
-            for batch, number in rows(connection, reader.sizes, (published,)):
+            for batch, number in rows(connection, reader.sizes, (after, reach(after))):
                 sizes[batch] = sizes.get(batch, 0) + number
-        joins = rows(connection, f"SELECT lo, hi FROM {tables.JOIN} WHERE hi > ? ORDER BY lo", (published,))
+        joins = rows(connection, f"SELECT lo, hi FROM {tables.JOIN} WHERE hi > ? ORDER BY lo", (after,))
         lo = hi = total = joined_to = 0
         cuts: list[int] = []
         for batch in sorted(sizes):
+            alone = self._is_alone(batch)
+            if lo and alone:
+                yield Span(lo, hi, (*cuts, hi))
+                lo, total, cuts = 0, 0, []
+            if alone:
+                yield Span(batch, batch, (batch,))
+                continue
             if lo and batch > joined_to:
                 cuts.append(hi)
                 if total >= self.group_rows:
@@ -110,6 +123,9 @@ class Outbox:
             joined_to = max([joined_to, *(high for low, high in joins if low <= batch <= high)])
         if lo:
             yield Span(lo, hi, (*cuts, hi))
+
+    def _is_alone(self, batch: int) -> bool:
+        return is_held(batch) or any(lo <= batch <= hi for lo, hi in self.apart)
 
     def _read(self, connection: apsw.Connection, readers: Sequence[_Reader], span: Span) -> Iterator[OutgoingGroup]:
         """One group, or several if the span is larger than `group_bytes`: cut between batches where that is possible;
@@ -126,14 +142,14 @@ class Outbox:
                         yield from self._read(connection, readers, half)
                     return
                 if limit and size and size + chunk_size > self.max_bytes:
-                    yield OutgoingGroup(self._group(parts), span.lo - 1, torn=True)
+                    yield OutgoingGroup(self._group(parts), span.lo - 1, span, torn=True)
                     parts, size = {}, 0
                 size += chunk_size
                 taken = parts.setdefault(reader.table.name, (reader, _Part()))[1]
                 # Plain tuples serve as stamps: making half a million Stamps a second costs a tenth of a core.
                 (taken.rows if live else taken.deleted).extend(map(_values_of, chunk))
                 (taken.row_stamps if live else taken.deleted_stamps).extend(cast("map[Stamp]", map(_stamp_of, chunk)))
-        yield OutgoingGroup(self._group(parts), span.hi)
+        yield OutgoingGroup(self._group(parts), span.hi, span)
 
     def _group(self, parts: dict[str, tuple[_Reader, _Part]]) -> Group:
         changes = tuple(
@@ -160,8 +176,8 @@ class _Reader:
         keys = ", ".join(f"v.{name}" for name in key_columns(table).split(", "))
         names = [quote(name) for name in table.column_names]
         span = "v.batch BETWEEN ? AND ?"
-        self._pending = f"SELECT 1 FROM {version} WHERE batch > ? LIMIT 1"
-        self.sizes = f"SELECT batch, count(*) FROM {version} WHERE batch > ? GROUP BY batch"
+        self._pending = f"SELECT 1 FROM {version} WHERE batch > ? AND batch < ? LIMIT 1"
+        self.sizes = f"SELECT batch, count(*) FROM {version} WHERE batch > ? AND batch < ? GROUP BY batch"
         live = f"FROM {version} AS v CROSS JOIN {quote(table.name)} AS r ON {key_match(table, 'v', 'r')}"
         plain = ", ".join(f"r.{name}" for name in names)
         self._live = f"SELECT {_STAMP}, {plain} {live} WHERE {span} AND v.deleted = 0"
@@ -171,8 +187,8 @@ class _Reader:
         self._deleted = f"SELECT {_STAMP}, {keys} {gone}"
         self._deleted_typed = f"SELECT {_STAMP}, {typed_keys_sql(table, 'v.')} {gone}"
 
-    def has_pending(self, connection: apsw.Connection, published: int) -> bool:
-        return any(True for _ in connection.execute(self._pending, (published,)))
+    def has_pending(self, connection: apsw.Connection, after: int) -> bool:
+        return any(True for _ in connection.execute(self._pending, (after, reach(after))))
 
     def chunks(
         self, connection: apsw.Connection, span: Span, limit: int | None

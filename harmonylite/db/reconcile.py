@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from harmonylite import wire
-from harmonylite.db import resolve, sparse, versions
+from harmonylite.db import left_out, resolve, sparse, versions
 from harmonylite.db import rows as store
 from harmonylite.db.capture import key_columns
 from harmonylite.db.conflicts import Parked
@@ -136,6 +136,8 @@ def delete(replica: Replica, context: Context, table: Table, found: Sequence[Fou
         if table.name in context.sparse_tables:
             sparse.forget(replica.writer, table.name, identity(table, each.key))
         deleted += 1
+    if deleted:
+        replica.unseen.deleted_without_trace(table.name)
     return deleted
 
 
@@ -143,4 +145,7 @@ def take_parked(replica: Replica, context: Context, parked: Sequence[Parked]) ->
     """Rows that wait at the snapshot's node: tried here, and waiting here too if they do not fit."""
     resolver = resolve.Resolver(replica.writer, context, versions.UNBOUNDED_MS)
     for each in parked:
-        resolver.apply(each.as_changes())
+        if replica.wants(each.table):
+            resolver.apply(each.as_changes())
+        else:
+            left_out.add(replica.writer, [each.table])

@@ -44,6 +44,13 @@ def bound(values: Sequence[Value]) -> tuple[Value, ...]:
     return tuple(bytes(value) if isinstance(value, RawText) else value for value in values)
 
 
+def after(table: Table, last: Row | None) -> tuple[str, Row]:
+    """A WHERE clause for versions with keys after `last`, in the order of the key, with its bindings; None: for all."""
+    if last is None:
+        return "", ()
+    return f"WHERE ({key_columns(table)}) > ({', '.join(map(marker, last))})", bound(last)
+
+
 def _where_key(parts: Sequence[KeyColumn], key: Row) -> str:
     return " AND ".join(
         f"{quote(part.name)} = {marker(value)}{collate(part)}" for part, value in zip(parts, key, strict=True)

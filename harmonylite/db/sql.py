@@ -127,10 +127,14 @@ def write_transaction(connection: apsw.Connection) -> Iterator[None]:
         yield
         connection.execute("COMMIT")
     except BaseException:
-        # SQLite may have rolled back by itself (disk full, I/O error).
-        if not connection.getautocommit():
-            connection.execute("ROLLBACK")
+        rollback(connection)
         raise
+
+
+def rollback(connection: apsw.Connection) -> None:
+    """End a transaction if there is one: SQLite may have rolled back by itself (disk full, I/O error)."""
+    if not connection.getautocommit():
+        connection.execute("ROLLBACK")
 
 
 @contextlib.contextmanager
@@ -140,8 +144,7 @@ def locked(connection: apsw.Connection) -> Iterator[None]:
     try:
         yield
     finally:
-        if not connection.getautocommit():
-            connection.execute("ROLLBACK")
+        rollback(connection)
 
 
 @contextlib.contextmanager
@@ -151,5 +154,4 @@ def snapshot(connection: apsw.Connection) -> Iterator[None]:
     try:
         yield
     finally:
-        if not connection.getautocommit():
-            connection.execute("ROLLBACK")
+        rollback(connection)

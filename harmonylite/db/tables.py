@@ -18,6 +18,7 @@ SPARSE = quote(f"{PREFIX}sparse")
 PARKED = quote(f"{PREFIX}parked")
 CONFLICT = quote(f"{PREFIX}conflict")
 UNDECODABLE = quote(f"{PREFIX}undecodable")
+UNREAD = quote(f"{PREFIX}unread")
 
 FORMAT = 1
 
@@ -41,6 +42,9 @@ CREATE = (
     " reason TEXT NOT NULL, row BLOB, recorded_ms INTEGER NOT NULL, UNIQUE (tbl, key, ts, node, rank))",
     f"CREATE TABLE IF NOT EXISTS {UNDECODABLE} (stream TEXT, sequence INTEGER, data BLOB NOT NULL,"
     " error TEXT NOT NULL, recorded_ms INTEGER NOT NULL, PRIMARY KEY (stream, sequence))",
+    f"CREATE TABLE IF NOT EXISTS {UNREAD} (stream TEXT, created TEXT, sequence INTEGER, publisher INTEGER NOT NULL,"
+    " joined INTEGER NOT NULL, data BLOB NOT NULL, error TEXT NOT NULL, stored_ms INTEGER NOT NULL,"
+    " recorded_ms INTEGER NOT NULL, PRIMARY KEY (stream, created, sequence))",
 )
 
 
@@ -55,6 +59,8 @@ class State:
     of a log that is still being absorbed, which becomes part of the floor at its end.
     synced_at_ms: the server's time when this node had last read everything there was (0: never);
     tombstones_since_ms: no tombstone that the cluster had after this server time was forgotten here (0: none ever).
+    unread: messages kept because another version may read them; hole: where reading went on although messages were
+    missed (empty: nowhere). Either way changes are missing here that others may have.
     """
 
     batch: int = 0
@@ -66,9 +72,24 @@ class State:
     open_floor_ms: int = 0
     synced_at_ms: int = 0
     tombstones_since_ms: int = 0
+    unread: int = 0
+    hole: str = ""
+
+    @property
+    def incomplete(self) -> str | None:
+        """What is missing here, and what to do about it, on one line; None if nothing is known to be."""
+        if self.hole:
+            return (
+                f"messages were missed: {self.hole}; a snapshot of another node mends that ([snapshot] enabled = true)"
+            )
+        if self.unread:
+            messages = "1 message" if self.unread == 1 else f"{self.unread:,} messages"
+            return f"{messages} could not be read by this version, harmonylite parked says why: upgrade this node"
+        return None
 
 
-_STATE_FIELDS = tuple(field.name for field in fields(State))
+_STATE_DEFAULTS = {field.name: field.default for field in fields(State)}
+_STATE_FIELDS = tuple(_STATE_DEFAULTS)
 
 
 class ForeignDatabaseError(Exception):
@@ -102,8 +123,8 @@ def set_meta(connection: apsw.Connection, name: str, value: int | str) -> None:
 
 def load_state(connection: apsw.Connection) -> State:
     stored = dict(rows(connection, f"SELECT name, value FROM {META}"))
-    values = {name: stored.get(name) for name in _STATE_FIELDS}
-    return State(**{name: value for name, value in values.items() if isinstance(value, int)})
+    kinds = {name: type(default) for name, default in _STATE_DEFAULTS.items()}
+    return State(**{name: stored[name] for name, kind in kinds.items() if isinstance(stored.get(name), kind)})
 
 
 def save_state(connection: apsw.Connection, before: State, after: State) -> None:

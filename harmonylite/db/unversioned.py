@@ -55,7 +55,6 @@ def set_joined(replica: Replica) -> None:
             tables.set_meta(replica.writer, _JOINED, 1)
 
 
-def set_copy_joined(path: Path) -> None:
-    """The same for a copy that becomes a node's first database."""
-    with contextlib.closing(apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)) as connection:
-        tables.set_meta(connection, _JOINED, 1)
+def set_copy_joined(copy: apsw.Connection) -> None:
+    """The same for a copy that becomes a node's first database, inside a transaction."""
+    tables.set_meta(copy, _JOINED, 1)

@@ -16,6 +16,7 @@ from harmonylite.db import capture, sparse, tables
 from harmonylite.db.boundaries import Boundaries
 from harmonylite.db.capture import DELETED, MAYBE_EVICTED, key_columns, key_match
 from harmonylite.db.evictions import Evictions
+from harmonylite.db.held import HELD, is_held, reach
 from harmonylite.db.outbox import decode_typed, typed_keys_sql
 from harmonylite.db.rows import identity
 from harmonylite.db.schema import Schema, Table
@@ -76,7 +77,7 @@ class Absorb:
             table=table,
             joined=(
                 f"SELECT min(v.batch) FROM {log} AS l CROSS JOIN {version} AS v ON {ours}"
-                " WHERE v.batch > ?1 AND l.seq <= ?2"
+                f" WHERE v.batch > ?1 AND v.batch < {HELD} AND l.seq <= ?2"
             ),
             upsert=(
                 f"INSERT INTO {version} ({keys}, ts, node, deleted, batch)"
@@ -242,21 +243,24 @@ class Absorber:
 
 
 def has_pending(connection: apsw.Connection, table: Table, published: int) -> bool:
-    sql = f"SELECT 1 FROM {version_table(table.name)} WHERE batch > ? LIMIT 1"
+    """Whether rows wait that are not held."""
+    sql = f"SELECT 1 FROM {version_table(table.name)} WHERE batch > ? AND batch < {HELD} LIMIT 1"
     return any(True for _ in connection.execute(sql, (published,)))
 
 
-def count_pending(connection: apsw.Connection, schema: Schema, published: int) -> int:
+def count_pending(connection: apsw.Connection, schema: Schema, published: int, *, held: bool = True) -> int:
+    """held: whether held rows count."""
+    pending = "batch > ?" if held else f"batch > ? AND batch < {HELD}"
     return sum(
-        integer(connection, f"SELECT count(*) FROM {version_table(table.name)} WHERE batch > ?", (published,))
+        integer(connection, f"SELECT count(*) FROM {version_table(table.name)} WHERE {pending}", (published,))
         for table in schema.tables.values()
     )
 
 
 def count_pending_up_to(connection: apsw.Connection, table: Table, after: int, limit: int) -> int:
-    """Pending rows of batches after `after`, counted no further than `limit`."""
-    pending = f"SELECT 1 FROM {version_table(table.name)} WHERE batch > ? LIMIT ?"
-    return integer(connection, f"SELECT count(*) FROM ({pending})", (after, limit))
+    """Pending rows of batches after `after`, held ones or others (`held.reach`), counted no further than `limit`."""
+    pending = f"SELECT 1 FROM {version_table(table.name)} WHERE batch > ? AND batch < ? LIMIT ?"
+    return integer(connection, f"SELECT count(*) FROM ({pending})", (after, reach(after), limit))
 
 
 def count_logged(connection: apsw.Connection, schema: Schema) -> int:
@@ -271,7 +275,10 @@ def count_logged_anywhere(connection: apsw.Connection) -> int:
 
 
 def join(connection: apsw.Connection, low: int, high: int) -> None:
-    """Batches low..high must be published as one group: a transaction of the first lost a row to the last."""
+    """Batches low..high must be published as one group: a transaction of the first lost a row to the last. A held batch
+    lets it go."""
+    if is_held(low):
+        return
     overlapping = f"FROM {tables.JOIN} WHERE hi >= ?1 AND lo <= ?2"
     for lo, hi in rows(connection, f"SELECT min(lo), max(hi) {overlapping}", (low, high)):
         if lo is not None:
@@ -315,61 +322,6 @@ def newest_own(connection: apsw.Connection, schema: Schema, node_id: int) -> int
     names = [version_table(table.name) for table in schema.tables.values()]
     own = "WHERE batch IS NOT NULL AND node = ?"
     return max((integer(connection, f"SELECT max(ts) FROM {name} {own}", (node_id,)) for name in names), default=0)
-
-
-def clamp(connection: apsw.Connection, table: Table, *, node_id: int, published: int, bound_ms: int, batch: int) -> int:
-    """Own pending versions that claim a time after `bound_ms` get that time, but stay above what they replaced.
-
-    They move to `batch`, as after any write: the acknowledgement of a message that carries the old version must not
-    count for the new one. Returns the lowest batch that lost a row by that, 0 for none.
-    """
-    return _retime(
-        connection,
-        table,
-        "max(:bound, base_ts + 1)",
-        "batch > :after AND node = :node AND rank = 0 AND ts > max(:bound, base_ts + 1)",
-        {"bound": bound_ms, "after": published, "node": node_id, "batch": batch},
-    )
-
-
-def shift(
-    connection: apsw.Connection,
-    table: Table,
-    *,
-    node_id: int,
-    after_batch: int,
-    from_ms: int,
-    to_ms: int,
-    delta_ms: int,
-    batch: int,
-) -> int:
-    """Own pending versions of batches after `after_batch` with a time in from_ms..to_ms move by `delta_ms`.
-
-    Returns as `clamp` does.
-    """
-    return _retime(
-        connection,
-        table,
-        "max(ts + :delta, base_ts + 1)",
-        "batch > :after AND node = :node AND rank = 0 AND ts BETWEEN :from AND :to",
-        {
-            "delta": delta_ms,
-            "after": after_batch,
-            "node": node_id,
-            "from": from_ms,
-            "to": to_ms,
-            "batch": batch,
-        },
-    )
-
-
-def _retime(connection: apsw.Connection, table: Table, ts: str, where: str, bindings: dict[str, int]) -> int:
-    version = version_table(table.name)
-    needed = {name: value for name, value in bindings.items() if f":{name}" in where}
-    low = integer(connection, f"SELECT min(batch) FROM {version} WHERE {where}", needed)
-    if low:
-        connection.execute(f"UPDATE {version} SET ts = {ts}, batch = :batch WHERE {where}", bindings)
-    return low
 
 
 def settle_tombstones(connection: apsw.Connection, table: Table, *, published: int, server_ms: int) -> None:

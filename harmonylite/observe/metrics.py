@@ -150,6 +150,7 @@ class Metrics:
 
         self.published = Counter("Rows published and acknowledged")
         self.pending_publish = Gauge("Rows changed here and not yet acknowledged", 0)
+        self.held = Gauge("Of the pending rows, those of transactions that the stream cannot hold", 0)
         self.applied = Counter("Rows received that took effect here")
         self.conflicts = Counter("Rows discarded by a conflict and kept in the conflict log")
         self.parked = Gauge("Received rows that wait because they do not fit this database", 0)

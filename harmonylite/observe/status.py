@@ -34,7 +34,8 @@ class StreamPosition:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotInfo:
-    """The newest snapshot in the store. `taken_at`: RFC 3339; `node_id`: who took it; `size_bytes`: as stored."""
+    """The newest snapshot in the store. `taken_at`: RFC 3339; `node_id`: who took it; `size_bytes`: as stored;
+    `in_mirror`: it is known from the mirror, which `store` then names: the store has none, or is away."""
 
     taken_at: str
     age_seconds: float
@@ -42,6 +43,7 @@ class SnapshotInfo:
     size_bytes: int
     store: str
     id: str = ""
+    in_mirror: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from nats.aio.client import Client
 
 from harmonylite.db.copy import DamagedCopyError
+from harmonylite.model import Position
 from harmonylite.snapshot.manifest import Manifest
 from harmonylite.snapshot.stores.base import CorruptSnapshot, SnapshotMissing
-from harmonylite.stream.log import LogSettings, StreamState, same_log
+from harmonylite.stream.log import LogSettings, StreamState, parse_time_ns, same_log
 
 # What is wrong with one snapshot, so that another is used.
 USELESS = (CorruptSnapshot, SnapshotMissing, DamagedCopyError)
+
+
+def log_knows_since_ms(positions: Iterable[Position], retention_ms: int, server_ms: int) -> int:
+    """Who has read the log, but nothing else, may lack deletes from before that time (server's clock).
+
+    A stream begins with what nodes still had when it was made, as they fill one again that was lost; and each forgets
+    a delete `retention_ms` after the cluster had it. server_ms: now, as nothing is known of the future.
+    """
+    created = [_created_ms(position) for position in positions]
+    return max(0, min(max(created, default=0), server_ms) - retention_ms)
+
+
+def _created_ms(position: Position) -> int:
+    try:
+        return parse_time_ns(position.created) // 1_000_000
+    except ValueError:
+        return 0  # nothing was read yet
 
 
 async def why_unusable(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
-from harmonylite.catchup import fetch, refuse
-from harmonylite.db.copy import adopt_copy, remove_database
-from harmonylite.db.unversioned import set_copy_joined
+import apsw
+
+from harmonylite.db.copy import CopyCancelledError, DamagedCopyError, adopt_copy, remove_database
 from harmonylite.observe.log import Repeated
 from harmonylite.snapshot.choice import USELESS
+from harmonylite.snapshot.fetching import fetch, refuse
 from harmonylite.snapshot.link import Link
 from harmonylite.snapshot.state import SnapshotState
 from harmonylite.snapshot.stores.base import StoreError
@@ -47,9 +49,9 @@ class Installer:
             while not self._db_path.exists():
                 try:
                     pause = await self._try(link)
-                except (StoreError, LogError, NoRoom, OSError) as error:
-                    self._state.catching_up = f"no database, no snapshot: {error}"
-                    self._trouble.warning("a first database cannot be fetched", {"reason": str(error)})
+                except (StoreError, LogError, NoRoom, OSError, apsw.Error) as error:
+                    self._state.catching_up = f"there is no database yet: {error}"
+                    self._trouble.warning("a first database cannot be made", {"reason": str(error)})
                     pause = TROUBLE_S
                 if pause:
                     await asyncio.sleep(pause)
@@ -61,14 +63,19 @@ class Installer:
         states = await link.states()
         manifests = await link.store.list()
         self._state.newest = manifests[0] if manifests else None
-        for manifest in manifests:
-            if manifest.id in self._state.refused or await link.why_unusable(manifest, states) is not None:
+        here = self._files.downloads()
+        # What was fetched, or in part, first: over a slow link there is always a newer one. The sort is stable.
+        for manifest in sorted(manifests, key=lambda each: each.id not in here):
+            if self._state.is_refused(manifest) or await link.why_unusable(manifest, states) is not None:
                 continue
             try:
                 path = await fetch(link, self._files, self._state, manifest)
-                await self._install(path, manifest.created_ms + TOLERANCE_MS)
+                self._state.catching_up = f"making the first database of snapshot {manifest.id}"
+                # Not from the future: the server's clock may have been ahead when it was taken.
+                times = [manifest.created_ms, *(state.server_ms for state in states.values() if state.server_ms)]
+                await self._install(path, min(times) + TOLERANCE_MS)
             except USELESS as error:
-                refuse(self._files, self._state, manifest, error)
+                await refuse(self._files, self._state, manifest, error)
             return 0.0
         await link.lease.ensure_bucket()
         await link.lease.wanted("a new node without a database", manifests[0].id if manifests else "")
@@ -76,24 +83,37 @@ class Installer:
         return LOOK_S
 
     async def _install(self, path: Path, latest_ms: int) -> None:
-        """To its end also when cancelled: the next installer works on the same file."""
-        await stoppable(lambda _: self._put_in_place(path, latest_ms))
+        """Waited for also when cancelled: the next installer works on the same file."""
+        await stoppable(lambda stop: self._put_in_place(path, latest_ms, stop.is_set))
 
-    def _put_in_place(self, path: Path, latest_ms: int) -> None:
-        """Never in the place of a file that the application made meanwhile. latest_ms: see `adopt_copy`."""
+    def _put_in_place(self, path: Path, latest_ms: int, cancelled: Callable[[], bool]) -> None:
+        """Never in the place of a file that the application made meanwhile. latest_ms: see `adopt_copy`.
+
+        The snapshot is used up, unless something is in the way that has nothing to do with it.
+        """
         mine = self._files.adopted
         remove_database(mine)
         path.rename(mine)
         try:
-            adopt_copy(mine, self._node_id, latest_ms=latest_ms)
-            set_copy_joined(mine)
+            try:
+                adopt_copy(mine, self._node_id, latest_ms=latest_ms, cancelled=cancelled)
+            except apsw.SQLError as error:
+                raise DamagedCopyError(mine, error) from error
             mine.chmod(FILE_MODE)
             try:
                 os.link(mine, self._db_path)
             except FileExistsError:
                 log.info("the application has made its database itself; the snapshot is merged if need be")
                 return
+            sync_directory(self._db_path.parent)
+        except (apsw.Error, OSError, CopyCancelledError):
+            self._give_back(mine, path)
+            raise
         finally:
             remove_database(mine)
-        sync_directory(self._db_path.parent)
         log.info("first database installed from a snapshot", extra={"fields": {"db": self._db_path}})
+
+    def _give_back(self, mine: Path, path: Path) -> None:
+        """For the next try, so that it need not be fetched again; unless SQLite could not undo what it had begun."""
+        if not mine.with_name(f"{mine.name}-journal").exists() and not self._db_path.exists():
+            mine.rename(path)

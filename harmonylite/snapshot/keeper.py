@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 import time
 from collections.abc import Callable, Sequence
 
@@ -16,12 +15,13 @@ import apsw
 
 from harmonylite import __version__, clock
 from harmonylite.config.model import Snapshot as SnapshotConfig
-from harmonylite.db.copy import remove_database
 from harmonylite.engine import Engine
 from harmonylite.observe.log import Repeated
+from harmonylite.snapshot.choice import log_knows_since_ms
+from harmonylite.snapshot.due import APART_S, FETCHING, Due
 from harmonylite.snapshot.link import Link
-from harmonylite.snapshot.local import copy_database, has_unversioned, set_joined
-from harmonylite.snapshot.manifest import Manifest, new_id
+from harmonylite.snapshot.local import copy_database, has_unversioned, leaves_out, set_joined
+from harmonylite.snapshot.manifest import Manifest, in_order, new_id
 from harmonylite.snapshot.retention import make_room, prune
 from harmonylite.snapshot.state import SnapshotState
 from harmonylite.snapshot.stores.base import StoreError, StoreFull, StoreUnavailable
@@ -31,6 +31,7 @@ from harmonylite.snapshot.workfiles import (
     check_room,
     megabytes,
     pack,
+    remove,
     stoppable,
 )
 from harmonylite.stream.lease import Lease, LeaseLost, SnapshotRequest
@@ -43,17 +44,12 @@ log = logging.getLogger(__name__)
 LOOK_S, LEAF_LOOK_S = 2.0, 30.0
 # The store's list is asked for at least that often, for the age that operators watch; it is known after each change.
 LIST_S = 600.0
-# Snapshots that only the number of messages makes due are at least so far apart: a slow node has to be able to fetch
-# one before it is removed again.
-APART_S = 600.0
 # After a failure; each further one in a row doubles the pause.
 RETRY_S, LONGEST_RETRY_S = 60.0, 3600.0
 # An upload that is interrupted is taken up again, after longer and longer pauses.
 LONGEST_PAUSE_S = 60.0
 # The mirror is compared that often.
 MIRROR_S = 300.0
-# A request with this reason names the snapshot that its node is fetching.
-FETCHING = "fetching "
 # The copy and its compressed form lie beside the database at the same time.
 ROOM_FACTOR = 1.6
 
@@ -82,7 +78,6 @@ class SnapshotKeeper:
         leaf: bool,
     ) -> None:
         self._config = config
-        self._max_entries = max_entries
         self._engine = engine
         self._files = files
         self._state = state
@@ -95,15 +90,17 @@ class SnapshotKeeper:
         self._not_before = 0.0
         self._failures = 0
         self._trouble = Repeated(log, 600.0)
+        self._due = Due(config.interval, max_entries, engine.replica.tolerance_ms)
         engine.metrics.snapshot_age_seconds.set_function(self.age_s)
 
+    def now_ms(self) -> int:
+        """By the server's clock, if that is known."""
+        return self._engine.time.server.now_ms() or clock.wall_ms()
+
     def age_s(self) -> float | None:
-        """Age of the newest snapshot known, seconds by the server's clock; None without one."""
-        newest = self._state.newest
-        if newest is None:
-            return None
-        now_ms = self._engine.time.server.now_ms() or clock.wall_ms()
-        return max(0.0, (now_ms - newest.created_ms) / 1000)
+        """Age of the newest snapshot known, seconds by the server's clock; None without one, or if it is from the
+        future."""
+        return self._due.age_s(self._state.newest, self.now_ms())
 
     # -- the loop
 
@@ -131,10 +128,10 @@ class SnapshotKeeper:
         if time.monotonic() < self._not_before or self.why_not() is not None:
             return
         requests = await self._requests(link)
-        if self._why_due(requests) is None:
+        if self._why_due(await self._for_this_node(requests)) is None:
             return
         await self.refresh(link)  # somebody else may have taken one
-        reason = self._why_due(requests)
+        reason = self._why_due(await self._for_this_node(requests))
         if reason is not None:
             await self._try(link, reason)
 
@@ -143,25 +140,16 @@ class SnapshotKeeper:
         own = link.settings.node_id
         return [request for request in await link.lease.requests() if request.node_id != own]
 
+    async def _for_this_node(self, requests: list[SnapshotRequest]) -> list[SnapshotRequest]:
+        """Without those of nodes that did not want the newest one either, if it may be for want of a table that this
+        node leaves out, too: others go first."""
+        newest, age_s = self._state.newest, self.age_s()
+        if requests and newest is not None and (age_s or 0.0) < APART_S and await leaves_out(self._engine):
+            return [request for request in requests if request.newer_than != newest.id]
+        return requests
+
     def _why_due(self, requests: Sequence[SnapshotRequest]) -> str | None:
-        newest = self._state.newest
-        for request in requests:
-            fetching = request.reason.startswith(FETCHING)
-            if not fetching and (newest is None or newest.id <= request.newer_than):
-                return f"node {request.node_id} needs one: {request.reason}"
-        age_s = self.age_s()
-        ends = self._ends()
-        if newest is None or age_s is None:
-            moved = sum(ends.values())
-        else:
-            taken = {position.stream: position.sequence for position in newest.positions}
-            # A stream that ends before the snapshot is another one.
-            moved = sum(end - taken[name] if taken.get(name, end + 1) <= end else end for name, end in ends.items())
-        if self._config.interval and moved and (age_s is None or age_s * 1000 >= self._config.interval):
-            return "the interval is over"
-        if moved >= self._max_entries and (age_s is None or age_s >= APART_S):
-            return f"{moved} messages since the last one"
-        return None
+        return self._due.why(self._state.newest, self.now_ms(), self._ends(), requests)
 
     async def _try(self, link: Link, reason: str) -> None:
         try:
@@ -183,7 +171,7 @@ class SnapshotKeeper:
 
     async def refresh(self, link: Link) -> list[Manifest]:
         """Ask the store what it has."""
-        manifests = await link.store.list()
+        manifests = in_order(await link.store.list(), self._due.latest_ms(self.now_ms()))
         newest = manifests[0] if manifests else None
         if newest is not None and self._state.newest is not None and newest.id > self._state.newest.id:
             self._state.failure = None  # another node could
@@ -216,7 +204,7 @@ class SnapshotKeeper:
                     self._trouble.error("a mistake in harmonylite: the mirror fails", {"error": repr(error)})
                 finally:
                     not_before = time.monotonic() + MIRROR_S
-                    shutil.rmtree(self._files.mirror, ignore_errors=True)
+                    await remove(self._files.mirror)
             await asyncio.sleep(LOOK_S)
 
     def _is_mirroring(self, link: Link, newest: Manifest) -> bool:
@@ -248,6 +236,8 @@ class SnapshotKeeper:
         if self._one_at_a_time.locked():
             raise NotNow("a snapshot is being taken already")
         async with self._one_at_a_time:
+            if (incomplete := self._engine.replica.completeness.incomplete) is not None:
+                raise NotNow(f"this node's state is not complete: {incomplete}")
             if parked := await self._engine.parked():
                 raise NotNow(f"rows are parked here: {parked} (harmonylite parked says why)")
             await link.lease.ensure_bucket()
@@ -267,8 +257,7 @@ class SnapshotKeeper:
                 raise
             finally:
                 self._state.taking = None
-                remove_database(self._files.copy)
-                remove_database(self._files.packed)
+                await remove(self._files.copy, self._files.packed)
             await self._release(link.lease)
             manifest = taken[0]
             await set_joined(self._engine)
@@ -311,15 +300,17 @@ class SnapshotKeeper:
         size = files.database_bytes()
         check_room(files.copy.parent, int(size * ROOM_FACTOR), "a snapshot")
         info = await copy_database(engine, files.copy, state.take("copying the database"))
-        if info.parked:  # a moment ago
+        if info.incomplete is not None:  # a moment ago
+            raise NotNow(f"this node's state is not complete: {info.incomplete}")
+        if info.parked:
             raise NotNow(f"rows are parked here: {info.parked} (harmonylite parked says why)")
         if (reason := self.why_not()) is not None:  # the log broke meanwhile
             raise NotNow(reason)
         with_unversioned = await has_unversioned(engine, files.copy)
         compressing = state.take("compressing")
         packed = await stoppable(lambda stop: pack(files.copy, files.packed, stop, compressing))
-        await asyncio.to_thread(remove_database, files.copy)
-        server_ms = engine.time.server.now_ms() or clock.wall_ms()
+        await remove(files.copy)
+        server_ms = self.now_ms()
         manifest = Manifest(
             id=new_id(server_ms, link.settings.node_id),
             node_id=link.settings.node_id,
@@ -330,16 +321,20 @@ class SnapshotKeeper:
             size=packed.size,
             stored_size=packed.stored_size,
             sha256=packed.sha256,
-            tombstones_since_ms=info.tombstones_since_ms,
+            tombstones_since_ms=max(
+                info.tombstones_since_ms,
+                log_knows_since_ms(info.positions, engine.replica.tombstone_retention_ms, server_ms),
+            ),
             unversioned=with_unversioned,
         )
         in_use = await self._in_use(link)
         await self._upload(link, manifest, in_use)
         taken.append(manifest)
-        self._state.newest = manifest
+        self._due.taken()
+        self._state.newest, self._state.in_mirror = manifest, False
         self._listed_at = time.monotonic()
         try:
-            await prune(link.store, self._config.retain, in_use)
+            await prune(link.store, self._config.retain, in_use | {manifest.id}, self._due.latest_ms(server_ms))
         except StoreError as error:
             log.warning("old snapshots could not be removed", extra={"fields": {"reason": str(error)}})
 
@@ -360,7 +355,7 @@ class SnapshotKeeper:
                 await link.store.upload(manifest, self._files.packed, self._state.take(f"storing {manifest.id}"))
                 return
             except StoreFull as full:
-                await make_room(link.store, manifest, unusable, in_use, full)
+                await make_room(link.store, manifest, unusable, in_use, full, self._due.latest_ms(self.now_ms()))
                 continue
             except StoreUnavailable as error:
                 if pause > LONGEST_PAUSE_S:

@@ -11,7 +11,15 @@ from harmonylite.snapshot.choice import why_unusable
 from harmonylite.snapshot.manifest import Manifest
 from harmonylite.snapshot.stores.base import SnapshotStore
 from harmonylite.stream.lease import Lease
-from harmonylite.stream.log import LogSettings, StreamState, same_log, stored_time_ns, stream_state
+from harmonylite.stream.log import (
+    LogError,
+    LogSettings,
+    StreamState,
+    ask_time,
+    same_log,
+    stored_time_ns,
+    stream_state,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +32,18 @@ class Link:
     lease: Lease
 
     async def states(self) -> dict[str, StreamState]:
-        """Every stream as it is now. Raises StreamUnavailable, StreamMissing or ApiError."""
-        return {name: await stream_state(self.client, self.settings, name) for name in self.settings.streams}
+        """Every stream as it is now, with the server's time where this node may know it.
+
+        Raises StreamUnavailable, StreamMissing or ApiError.
+        """
+        states = {name: await stream_state(self.client, self.settings, name) for name in self.settings.streams}
+        if all(state.server_ms is not None for state in states.values()):
+            return states
+        try:
+            told = await ask_time(self.client, self.settings)
+        except LogError:
+            return states
+        return {name: state.timed(told) for name, state in states.items()}
 
     async def why_unusable(
         self, manifest: Manifest, states: dict[str, StreamState], needed: dict[str, int] | None = None

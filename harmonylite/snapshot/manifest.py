@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import calendar
 import dataclasses
 import json
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,14 @@ def is_id(text: str) -> bool:
 def node_of(snapshot_id: str) -> int:
     """The node that took the snapshot with this id; `is_id` has to hold."""
     return int(snapshot_id.split("-")[1])
+
+
+def time_of(snapshot_id: str) -> int | None:
+    """When the snapshot with this id was taken, milliseconds since 1970; None if it is no id."""
+    try:
+        return calendar.timegm(time.strptime(snapshot_id.split("-")[0], "%Y%m%dT%H%M%SZ")) * 1000
+    except ValueError:
+        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +95,11 @@ class Manifest:
     def sort_key(self) -> tuple[int, str]:
         """Older snapshots first."""
         return self.created_ms, self.id
+
+
+def in_order(manifests: Iterable[Manifest], latest_ms: int) -> list[Manifest]:
+    """Newest first; those that claim to be from after `latest_ms`, which cannot be, last."""
+    return sorted(manifests, key=lambda each: (each.created_ms <= latest_ms, *each.sort_key()), reverse=True)
 
 
 def _manifest(fields: Mapping[str, Any]) -> Manifest:

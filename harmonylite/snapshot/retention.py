@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 
-from harmonylite.snapshot.manifest import Manifest
+from harmonylite.snapshot.manifest import Manifest, in_order
 from harmonylite.snapshot.stores.base import SnapshotStore, StoreFull
 from harmonylite.snapshot.workfiles import megabytes
 
@@ -15,31 +15,43 @@ log = logging.getLogger(__name__)
 WhyUnusable = Callable[[Manifest], Awaitable[str | None]]
 
 
-async def prune(store: SnapshotStore, retain: int, in_use: Collection[str]) -> None:
-    """Remove all but the newest `retain` snapshots, and torn uploads; one that is being fetched stays a while."""
-    manifests = await store.list()
-    kept = len(manifests[:retain])
-    for index, manifest in enumerate(manifests):
-        if manifest.id in in_use:
-            kept = max(kept, index + 1)
-    for manifest in manifests[retain:kept]:
-        if manifest.id not in in_use:
-            await store.delete(manifest.id)
-            kept -= 1
-    removed = await store.prune(max(kept, 1))
+async def prune(store: SnapshotStore, retain: int, needed: Collection[str], latest_ms: int) -> None:
+    """Remove all but the newest `retain` snapshots, and torn uploads; not those that are needed: the one that was just
+    stored, and those that are being fetched. What claims to be from after `latest_ms` counts as the oldest."""
+    manifests = in_order(await store.list(), latest_ms)
+    kept = [each.id for index, each in enumerate(manifests) if index < retain or each.id in needed]
+    beyond = [each.id for each in manifests if each.id not in kept]
+    for snapshot_id in beyond:
+        await store.delete(snapshot_id)
+    removed = [*beyond, *await _remove_torn(store, kept)]
     if removed:
         log.debug("old snapshots removed", extra={"fields": {"ids": removed}})
 
 
+async def _remove_torn(store: SnapshotStore, listed: Collection[str]) -> Sequence[str]:
+    """What is left of uploads that were given up; no snapshot, unless there are more than those listed."""
+    return await store.prune(max(len(listed), 1))
+
+
 async def make_room(
-    store: SnapshotStore, new: Manifest, why_unusable: WhyUnusable, in_use: Collection[str], full: StoreFull
+    store: SnapshotStore,
+    new: Manifest,
+    why_unusable: WhyUnusable,
+    in_use: Collection[str],
+    full: StoreFull,
+    latest_ms: int,
 ) -> None:
-    """The store has no room for `new`: remove the oldest snapshot that can be missed.
+    """The store has no room for `new`: remove torn uploads, or else the oldest snapshot that can be missed. What claims
+    to be from after `latest_ms` counts as the oldest.
 
     The newest one that nodes can go on from stays until there is a newer one. Raises StoreFull if nothing can go:
     what there is of `new` is then removed, so that the store is as it was.
     """
-    manifests = [manifest for manifest in await store.list() if manifest.id != new.id]
+    listed = [manifest for manifest in await store.list() if manifest.id != new.id]
+    if torn := await _remove_torn(store, [manifest.id for manifest in listed]):
+        log.info("what was left of torn uploads makes room for a snapshot", extra={"fields": {"ids": torn}})
+        return
+    manifests = in_order(listed, latest_ms)
     needed = None
     for manifest in manifests:  # newest first
         if await why_unusable(manifest) is None:

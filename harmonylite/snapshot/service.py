@@ -25,6 +25,7 @@ from harmonylite.snapshot.keeper import SnapshotKeeper
 from harmonylite.snapshot.link import Link
 from harmonylite.snapshot.local import mark_all
 from harmonylite.snapshot.manifest import Manifest
+from harmonylite.snapshot.mend import Mender
 from harmonylite.snapshot.state import OFF, SnapshotState, describe
 from harmonylite.snapshot.stores import open_store
 from harmonylite.snapshot.stores.base import StoreError
@@ -65,6 +66,7 @@ class SnapshotService:
             leaf=not config.external and bool(config.nats.leaf_servers),
         )
         self._catch_up = CatchUp(engine, self._files, self.state)
+        self._mender = Mender(engine, self._catch_up, self.state)
         self._joiner = Joiner(engine, self.keeper, self._catch_up)
         self._installer = Installer(config.db_path, config.node_id, self._files, self.state)
         self._link: Link | None = None
@@ -80,6 +82,7 @@ class SnapshotService:
     async def close(self) -> None:
         """End what was asked for and is not done."""
         await cancelled(self._saving)
+        await self._catch_up.close()
 
     # -- one connection
 
@@ -87,9 +90,12 @@ class SnapshotService:
         return Link(
             client=client,
             settings=settings,
-            store=open_store(self._config, lambda: client, settings),
+            store=open_store(self._config, lambda: client, settings, self._listed, self.keeper.now_ms),
             lease=Lease(lambda: client, settings, ttl_ms=self._config.snapshot.leader_ttl),
         )
+
+    def _listed(self, from_mirror: bool) -> None:
+        self.state.in_mirror = from_mirror
 
     async def serve(self, client: Client, settings: LogSettings) -> None:
         """Until cancelled: take snapshots when they are due, bridge gaps when the session asks for it."""
@@ -97,7 +103,7 @@ class SnapshotService:
             await asyncio.Event().wait()
         link = self._link = self._open(client, settings)
         try:
-            await run_together(self.keeper.run(link), self._joiner.run(link))
+            await run_together(self.keeper.run(link), self._joiner.run(link), self._mender.run(link))
         finally:
             self._link = None
             await link.store.close()
@@ -132,8 +138,8 @@ class SnapshotService:
         config, progress = self._config, self._progress
         if not (config.publish and config.replicate):
             return "it does not both publish and replicate"
-        if progress.hole:
-            return progress.hole
+        if (incomplete := self._engine.replica.completeness.incomplete) is not None:
+            return incomplete
         if self._catch_up.busy or progress.catching_up or not progress.publishing:
             return self.state.catching_up or "it has not read everything yet"
         return None
@@ -153,11 +159,13 @@ class SnapshotService:
 
     def info(self) -> SnapshotInfo | None:
         """The newest snapshot known, for `status`."""
-        newest, age_s = self.state.newest, self.keeper.age_s()
-        if newest is None or age_s is None:
+        newest, age_s = self.state.newest, self.keeper.age_s() or 0.0
+        if newest is None:
             return None
         taken_at = rfc3339(newest.created_ms / 1000)
-        return SnapshotInfo(taken_at, age_s, newest.node_id, newest.stored_size, self.state.store, newest.id)
+        in_mirror = self.state.in_mirror
+        store = self._config.snapshot.mirror if in_mirror else self.state.store
+        return SnapshotInfo(taken_at, age_s, newest.node_id, newest.stored_size, store, newest.id, in_mirror)
 
     def concerns(self) -> list[str]:
         """What an operator should know, beside catching up."""
@@ -202,7 +210,7 @@ class SnapshotService:
             await mark_all(self._engine, self.state.catch_up("marking what is to be published again"))
             self.state.caught_up()
             self._wake()
-        self._progress.hole = None
+        await self._engine.write(self._engine.replica.completeness.declare_complete)
         while self._catch_up.busy or self._why_not() is not None:
             await asyncio.sleep(0.2)
 

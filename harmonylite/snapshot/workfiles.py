@@ -10,16 +10,17 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import secrets
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 import zstandard
 
-from harmonylite.db.copy import remove_database
+from harmonylite.db.copy import DATABASE_SUFFIXES
 from harmonylite.snapshot.manifest import Manifest, is_id
 from harmonylite.snapshot.stores.base import CorruptSnapshot
 
@@ -83,8 +84,8 @@ class WorkFiles:
     def check_room(self, manifest: Manifest) -> None:
         """Raises NoRoom if the disk cannot take what is missing of a snapshot, packed and unpacked."""
         packed = self.download(manifest.id)
-        there = packed.stat().st_size if packed.exists() else 0
-        check_room(self._folder, manifest.stored_size - there + manifest.size, f"snapshot {manifest.id}")
+        there = sum(path.stat().st_size for path in (packed, _part(self.unpacked(manifest.id))) if path.exists())
+        check_room(self._folder, manifest.stored_size + manifest.size - there, f"snapshot {manifest.id}")
 
     def downloads(self) -> list[str]:
         """Ids of snapshots of which there is something here, the unpacked ones first."""
@@ -99,28 +100,47 @@ class WorkFiles:
     def tidy(self) -> None:
         """At the start: remove what a killed process left, except what catching up can use again."""
         kept = [path for snapshot_id in self.downloads() for path in self._of(snapshot_id)]
-        for path in self._folder.glob(f"{_escaped(self._prefix)}*"):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            elif path not in kept:
-                path.unlink(missing_ok=True)
+        _remove([path for path in self._folder.glob(f"{_escaped(self._prefix)}*") if path not in kept])
 
-    def keep_only(self, snapshot_id: str | None) -> None:
+    async def keep_only(self, snapshot_id: str | None) -> None:
         """Remove what was fetched of all other snapshots."""
-        for other in self.downloads():
-            if other != snapshot_id:
-                self.forget(other)
+        await remove(*(path for other in self.downloads() if other != snapshot_id for path in self._of(other)))
 
-    def forget(self, snapshot_id: str) -> None:
+    async def forget(self, snapshot_id: str) -> None:
         """Remove everything of one snapshot."""
-        for path in self._of(snapshot_id):
-            remove_database(path)
+        await remove(*self._of(snapshot_id))
 
-    def _of(self, snapshot_id: str) -> tuple[Path, Path]:
-        return self.download(snapshot_id), self.unpacked(snapshot_id)
+    def _of(self, snapshot_id: str) -> tuple[Path, ...]:
+        unpacked = self.unpacked(snapshot_id)
+        return self.download(snapshot_id), unpacked, _part(unpacked)
 
     def _path(self, kind: str) -> Path:
         return self._folder / f"{self._prefix}{kind}"
+
+
+def _part(unpacked: Path) -> Path:
+    return Path(f"{unpacked}.part")
+
+
+async def remove(*paths: Path) -> None:
+    """Remove databases, and folders. Freeing a gigabyte takes a card long, so a thread does it; but their names are
+    free at once, also when cancelled, so that nothing goes on unseen with a file that somebody makes anew."""
+    gone = []
+    for path in paths:
+        for suffix in DATABASE_SUFFIXES:
+            with contextlib.suppress(FileNotFoundError):
+                aside = path.with_name(f"{path.name}.gone-{secrets.token_hex(4)}")
+                gone.append(path.with_name(path.name + suffix).rename(aside))
+    if gone:
+        await asyncio.to_thread(_remove, gone)
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _escaped(text: str) -> str:
@@ -171,23 +191,28 @@ def pack(source: Path, target: Path, stop: threading.Event, progress: Progress) 
 def unpack(source: Path, target: Path, size: int, stop: threading.Event, progress: Progress) -> None:
     """Decompress a file that must become `size` bytes; `target` appears only when it is whole.
 
-    Raises SnapshotFailed if it is something else, OSError, or Stopped soon after `stop` was set.
+    Raises SnapshotFailed if it is something else, OSError, or Stopped soon after `stop` was set. What was written until
+    then, or until a kill, is compared and not written again, which on a card takes a fraction of the time.
     """
-    part = Path(f"{target}.part")
+    part = _part(target)
     done = 0
-    with _unfinished(part), source.open("rb") as packed, part.open("wb") as plain:
+    with _unfinished(part, but=Stopped), source.open("rb") as packed, part.open("a+b") as plain:
+        plain.seek(0)
         try:
             for chunk in zstandard.ZstdDecompressor().read_to_iter(packed, write_size=CHUNK_BYTES):
                 _check(stop)
                 done += len(chunk)
                 if done > size:
                     break
-                _write(plain, chunk)
+                if plain.read(len(chunk)) != chunk:
+                    plain.truncate(done - len(chunk))
+                    _write(plain, chunk)
                 progress(done, size)
         except zstandard.ZstdError as error:
             raise SnapshotFailed(f"{source.name} cannot be unpacked: {error}") from None
         if done != size:
             raise SnapshotFailed(f"{source.name} is not {size} bytes unpacked")
+        plain.truncate(size)
         os.fsync(plain.fileno())
         part.rename(target)
 
@@ -201,9 +226,12 @@ async def unpack_download(manifest: Manifest, packed: Path, plain: Path, progres
 
 
 @contextlib.contextmanager
-def _unfinished(path: Path) -> Iterator[None]:
+def _unfinished(path: Path, but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """Removes a file that did not become whole; not after such an exception as `but`."""
     try:
         yield
+    except but:
+        raise
     except BaseException:
         path.unlink(missing_ok=True)
         raise

@@ -18,8 +18,8 @@ import nats.errors
 from nats.aio.client import Client
 
 from harmonylite.stream.client_settings import ClientSettings, connect_options
+from harmonylite.stream.credentials import SettingsError
 from harmonylite.stream.endpoint import Endpoint, Means, explain, parse_endpoint
-from harmonylite.stream.server_settings import SettingsError
 
 __all__ = ["ClientSettings", "Connection"]
 

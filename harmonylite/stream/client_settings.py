@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ssl
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from harmonylite.stream.credentials import Credentials, SettingsError, credentials_in, read_seed
 from harmonylite.stream.endpoint import Endpoint
-from harmonylite.stream.server_settings import SettingsError, read_seed
 
 if TYPE_CHECKING:
     from harmonylite.config.model import Config
@@ -19,7 +19,7 @@ _LIBRARY_PING_S = 3600
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClientSettings:
+class ClientSettings(Credentials):
     """How to connect; empty texts mean "not set".
 
     urls: servers, tried in turn; bundled: it is this node's own nats-server (its certificate need not name
@@ -31,12 +31,6 @@ class ClientSettings:
     node_id: int
     urls: tuple[str, ...] = ()
     bundled: bool = False
-    user_name: str = ""
-    user_password: str = field(default="", repr=False)
-    seed_file: str = ""
-    ca_file: str = ""
-    cert_file: str = ""
-    key_file: str = ""
     reconnect_wait_s: float = 2.0
     connect_timeout_s: float = 10.0
     ping_interval_s: float | None = None
@@ -50,13 +44,8 @@ class ClientSettings:
             node_id=config.node_id,
             urls=nats.urls,
             bundled=not nats.urls,
-            user_name=nats.user_name,
-            user_password=nats.user_password.reveal(),
-            seed_file=nats.seed_file,
-            ca_file=nats.ca_file,
-            cert_file=nats.cert_file,
-            key_file=nats.key_file,
             reconnect_wait_s=nats.reconnect_wait_seconds,
+            **credentials_in(config),
         )
 
     @property

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from nats.aio.client import Client
 
 from harmonylite import wire
-from harmonylite.model import Delivery, Position, ReceivedGroup, Undecodable
+from harmonylite.model import Delivery, Position, ReceivedGroup, Undecodable, Unread
 from harmonylite.stream.log import (
     LogError,
     LogSettings,
@@ -272,6 +272,9 @@ class Consumer:
             if part.index == 0 and part.count > 1:
                 self._marks[self._last_sequence] = self._last_ns
             payload = self._joiner.add(part, message.sequence, message.stored_ns // 1_000_000)
+        except wire.NotReadableHereError as error:
+            joined.undecodable.append(Undecodable(message.sequence, message.data, str(error), _unread(message)))
+            return
         except wire.WireError as error:
             joined.undecodable.append(Undecodable(message.sequence, message.data, str(error)))
             return
@@ -307,6 +310,15 @@ def _decode(joined: _Joined) -> tuple[tuple[ReceivedGroup, ...], tuple[Undecodab
     return groups, tuple(sorted([*joined.undecodable, *bad], key=lambda message: message.sequence))
 
 
+def _unread(message: StoredMessage) -> Unread | None:
+    """None if no node may send on the message's subject."""
+    publisher = message.subject.rpartition(".")[2]
+    # Not isdigit() alone, which takes other digits than int() does.
+    if not (publisher.isascii() and publisher.isdigit()) or int(publisher) > wire.MAX_INTEGER:
+        return None
+    return Unread(message.stored_ns // 1_000_000, int(publisher), joined=False)
+
+
 def _decode_one(message: StoredMessage, part: wire.Part, payload: bytes) -> ReceivedGroup | Undecodable:
     try:
         group = wire.decode_group(payload)
@@ -314,6 +326,9 @@ def _decode_one(message: StoredMessage, part: wire.Part, payload: bytes) -> Rece
             raise wire.WireError(
                 f"group {group.number} of node {group.publisher} came as {part.number} of {part.publisher}"
             )
+    except wire.NotReadableHereError as error:
+        unread = Unread(message.stored_ns // 1_000_000, part.publisher, joined=True)
+        return Undecodable(message.sequence, payload, str(error), unread)
     except wire.WireError as error:
         return Undecodable(message.sequence, payload, str(error))
     return ReceivedGroup(group, message.sequence, message.stored_ns // 1_000_000)

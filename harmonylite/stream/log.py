@@ -14,9 +14,11 @@ import json
 import logging
 import re
 import time
+import uuid
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import nats.errors
@@ -32,6 +34,9 @@ log = logging.getLogger(__name__)
 STREAM_NOT_FOUND = 10059
 # A direct get may be answered by a replica that has not caught up: ask again before believing "no such message".
 _LAGGING_REPLICA_WAITS_S = (0.0, 0.1, 0.5)
+# How long the consumer that tells the time lives when it cannot be deleted, and how long that may take.
+_CLOCK_CONSUMER_NS = 5_000_000_000
+_CLOCK_DELETE_S = 1.0
 
 _RFC3339 = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?(Z|[+-]\d\d:\d\d)$")
 
@@ -111,13 +116,31 @@ class LogSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class ServerTime:
+    """The server's clock as it was read for an answer.
+
+    ms: since 1970; round_trip_ms: how long the answer took, so that `ms` is off by at most that; answered:
+    time.monotonic() when it came.
+    """
+
+    ms: int
+    round_trip_ms: float
+    answered: float
+
+    def now_ms(self) -> int:
+        """What the server's clock shows now; off by at most the round trip."""
+        return self.ms + int((time.monotonic() - self.answered) * 1000)
+
+
+@dataclass(frozen=True, slots=True)
 class StreamState:
     """A stream as the server describes it.
 
     created: RFC 3339, exactly as given; first_seq and last_seq are 0 in a stream that never held a message;
-    server_ms: the server's clock when it answered, milliseconds since 1970, None before server 2.10; round_trip_ms:
-    how long the answer took (so that clock is off by at most that); atomic: takes atomic batches; direct: answers
-    direct gets; max_msg_size, max_bytes (of the whole stream): bytes, None for no bound of its own.
+    server_ms: the server's clock when it answered, milliseconds since 1970, None before server 2.10 (see `ask_time`);
+    round_trip_ms: how long the answer took (so that clock is off by at most that); atomic: takes atomic batches;
+    direct: answers direct gets; max_msg_size, max_bytes (of the whole stream): bytes, None for no bound of its own;
+    answered: time.monotonic() of the answer.
     """
 
     name: str
@@ -132,6 +155,16 @@ class StreamState:
     direct: bool = False
     max_msg_size: int | None = None
     max_bytes: int | None = None
+    answered: float = field(default_factory=time.monotonic, compare=False)
+
+    @property
+    def server_time(self) -> ServerTime | None:
+        """The server's clock; None before server 2.10."""
+        return None if self.server_ms is None else ServerTime(self.server_ms, self.round_trip_ms, self.answered)
+
+    def timed(self, told: ServerTime) -> StreamState:
+        """The same with this as the server's time."""
+        return replace(self, server_ms=told.ms, round_trip_ms=told.round_trip_ms, answered=told.answered)
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +283,34 @@ def state_of(name: str, info: Mapping[str, Any], round_trip_ms: float) -> Stream
         max_msg_size=max_msg_size if max_msg_size > 0 else None,
         max_bytes=max_bytes if max_bytes > 0 else None,
     )
+
+
+async def ask_time(client: Client, settings: LogSettings) -> ServerTime:
+    """The server's clock, also from a server before 2.10, which does not say it with a stream.
+
+    Every server says when it made a consumer, and whoever reads the log may make one. This one is in memory, on this
+    node's own stream, and deleted at once: nothing is written. Raises StreamUnavailable (also without the permission)
+    or ApiError.
+    """
+    stream = settings.own_stream
+    # A name of its own each time: for one that exists the server tells when that was made.
+    name = f"harmonylite-{settings.node_id}-{uuid.uuid4().hex[:16]}"
+    config = {
+        "name": name,
+        "deliver_policy": "new",
+        "ack_policy": "none",
+        "inactive_threshold": _CLOCK_CONSUMER_NS,
+        "mem_storage": True,
+        "num_replicas": 1,
+    }
+    asked = time.monotonic()
+    made = await api_request(
+        client, settings, f"CONSUMER.CREATE.{stream}.{name}", {"stream_name": stream, "config": config}
+    )
+    answered = time.monotonic()
+    with suppress(LogError):
+        await api_request(client, settings, f"CONSUMER.DELETE.{stream}.{name}", timeout_s=_CLOCK_DELETE_S)
+    return ServerTime(parse_time_ns(made["created"]) // 1_000_000, (answered - asked) * 1000, answered)
 
 
 async def stored_time_ns(client: Client, settings: LogSettings, state: StreamState, sequence: int) -> int | None:

@@ -35,6 +35,9 @@ HEADER_ROOM_BYTES = 1024
 STORED_ROOM_BYTES, BATCH_HEADERS_BYTES = 34, 128
 # An acknowledgement is given up when the link would have been slower than this for everything under way.
 SLOWEST_LINK_BYTES_PER_S = 16 * 1024
+# Readers keep the parts of a group in memory, and refuse one of which they would keep more (wire.Joiner): it would be
+# in the log, acknowledged, and at no other node.
+MAX_GROUP_BYTES = wire.DEFAULT_MAX_OPEN_BYTES
 # First to last part of a group, server time: well under what readers wait for the rest of a group (wire.Joiner).
 MAX_SPAN_NS = 1_200_000_000_000
 # How many of its own messages a publisher remembers: a reader is rarely further behind than this.
@@ -52,11 +55,32 @@ class GroupTooLarge(PublishFailed):
     small enough, the group's own among them (nats-server 2.15: all of an atomic batch).
     """
 
+    to_do = "raise [nats] max_store where the stream is, or lower max_transaction_bytes here: it then arrives in steps"
+
     def __init__(self, group_number: int, stream: str, size: int, limit: int) -> None:
-        super().__init__(f"group {group_number} takes {size} bytes, stream {stream} holds at most {limit}")
+        super().__init__(f"group {group_number} takes {size} bytes, {self._bound(stream, limit)}")
         self.stream = stream
         self.size = size
         self.limit = limit
+
+    @property
+    def bound(self) -> str:
+        """What is smaller than the group."""
+        return self._bound(self.stream, self.limit)
+
+    @staticmethod
+    def _bound(stream: str, limit: int) -> str:
+        return f"stream {stream} holds {limit}"
+
+
+class GroupUnreadable(GroupTooLarge):
+    """No node would take the group: its parts are more than one keeps until they are complete."""
+
+    to_do = "make the rows smaller: keep large contents in several rows, or in files"
+
+    @staticmethod
+    def _bound(stream: str, limit: int) -> str:
+        return f"a node takes {limit} in one piece"
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +191,8 @@ class Publisher:
     def _check_size(self, group_number: int, parts: int, payload_bytes: int, state: StreamState | None) -> None:
         each = len(self._subject) + STORED_ROOM_BYTES + (BATCH_HEADERS_BYTES if parts > 1 else 0)
         size = payload_bytes + parts * each
+        if parts > 1 and size > MAX_GROUP_BYTES:
+            raise GroupUnreadable(group_number, self._stream, size, MAX_GROUP_BYTES)
         if state is not None and state.max_bytes is not None and size > state.max_bytes:
             raise GroupTooLarge(group_number, self._stream, size, state.max_bytes)
 

@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from harmonylite.stream.credentials import SettingsError
 from harmonylite.stream.server_config import USABLE_SHARE, ServerPlan, free_bytes, plan_server, store_limit
 from harmonylite.stream.server_log import ServerLog, explain_end
 from harmonylite.stream.server_process import (
@@ -32,7 +33,7 @@ from harmonylite.stream.server_process import (
     spawn,
     write_private,
 )
-from harmonylite.stream.server_settings import ServerSettings, SettingsError
+from harmonylite.stream.server_settings import ServerSettings
 
 __all__ = ["BundledServer", "Pauses", "ServerState"]
 

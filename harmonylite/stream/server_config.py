@@ -21,8 +21,9 @@ from urllib.parse import quote as quote_url
 from urllib.parse import urlsplit
 
 from harmonylite.stream import nats_conf
+from harmonylite.stream.credentials import SettingsError, read_seed
 from harmonylite.stream.nats_conf import Block, quote
-from harmonylite.stream.server_settings import ServerSettings, SettingsError, read_seed
+from harmonylite.stream.server_settings import ServerSettings
 
 __all__ = ["ServerPlan", "ServerSettings", "SettingsError", "plan_server", "store_limit"]
 

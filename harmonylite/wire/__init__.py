@@ -5,13 +5,16 @@
 """
 
 from harmonylite.wire.groups import FORMAT, decode_group, encode_group
-from harmonylite.wire.parts import HEADER_BYTES, Joiner, Part, parse_part, split
-from harmonylite.wire.values import WireError, pack, unpack
+from harmonylite.wire.parts import DEFAULT_MAX_OPEN_BYTES, HEADER_BYTES, Joiner, Part, parse_part, split
+from harmonylite.wire.values import MAX_INTEGER, NotReadableHereError, WireError, pack, unpack
 
 __all__ = [
+    "DEFAULT_MAX_OPEN_BYTES",
     "FORMAT",
     "HEADER_BYTES",
+    "MAX_INTEGER",
     "Joiner",
+    "NotReadableHereError",
     "Part",
     "WireError",
     "decode_group",

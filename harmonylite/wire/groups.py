@@ -24,7 +24,14 @@ import zstandard
 
 from harmonylite.model import Group, Row, Stamp, TableChanges
 from harmonylite.wire.columns import decode_column, decode_integers, encode_column
-from harmonylite.wire.values import MAX_INTEGER, WireError, array_header, from_msgpack, to_msgpack
+from harmonylite.wire.values import (
+    MAX_INTEGER,
+    NotReadableHereError,
+    WireError,
+    array_header,
+    from_msgpack,
+    to_msgpack,
+)
 
 FORMAT = 1
 DEFAULT_MAX_BYTES = 1024 * 1024 * 1024
@@ -63,8 +70,9 @@ def encode_group(group: Group, *, compress: bool) -> bytes:
 def decode_group(data: bytes | memoryview, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Group:
     """The group in `data`; rows and keys are tuples.
 
-    `max_bytes` bounds the size after decompression, and the number of values. Raises WireError, and nothing else,
-    if `data` is not a group, is of a format this version does not know, or is larger.
+    `max_bytes` bounds the size after decompression, and the number of values. Raises NotReadableHereError if `data`
+    is of a format this version does not know, or the memory does not suffice; WireError, and nothing else, if it is
+    not a group, or is larger.
     """
     try:
         body = from_msgpack(_decompress(memoryview(data), max_bytes))
@@ -72,7 +80,7 @@ def decode_group(data: bytes | memoryview, *, max_bytes: int = DEFAULT_MAX_BYTES
             raise WireError("the message has no head")
         return _Decoder(body[1:], max_bytes).group(body[0])
     except MemoryError:
-        raise WireError("the message holds more than this machine's memory") from None
+        raise NotReadableHereError("the message holds more than this machine's memory") from None
 
 
 def _encode_table(changes: TableChanges, columns: list[bytes]) -> dict[str, Any]:
@@ -123,10 +131,14 @@ def _compress(chunks: Iterable[bytes], size: int) -> bytes:
 def _decompress(data: memoryview, max_bytes: int) -> memoryview | bytes:
     if len(data) < 2:
         raise WireError("the message is empty")
+    if not data[0]:
+        raise WireError("the message has format 0, which is none")
     if data[0] != FORMAT:
-        raise WireError(f"message format {data[0]} is unknown, this version reads {FORMAT}: upgrade harmonylite")
+        raise NotReadableHereError(
+            f"message format {data[0]} is unknown, this version reads {FORMAT}: upgrade harmonylite"
+        )
     if data[1] & ~_COMPRESSED:
-        raise WireError(f"message flags {data[1]:#x} are unknown: upgrade harmonylite")
+        raise NotReadableHereError(f"message flags {data[1]:#x} are unknown: upgrade harmonylite")
     body = data[2:]
     if not data[1]:
         _check_size(len(body), max_bytes)

@@ -13,7 +13,7 @@ import struct
 import zlib
 from dataclasses import dataclass, field
 
-from harmonylite.wire.values import WireError
+from harmonylite.wire.values import NotReadableHereError, WireError
 
 log = logging.getLogger(__name__)
 
@@ -77,13 +77,16 @@ def split(payload: bytes, *, publisher: int, number: int, max_bytes: int, max_ts
 
 
 def parse_part(data: bytes | memoryview) -> Part:
-    """The part in `data`; its body is a view of `data`, not a copy. Raises WireError if it is not one."""
+    """The part in `data`; its body is a view of `data`, not a copy. Raises NotReadableHereError if its header is of
+    a version this one does not know, WireError if it is no part."""
     if len(data) < HEADER_BYTES or bytes(data[:2]) != _MAGIC:
         raise WireError("the message is not a part of a group")
     view = memoryview(data)
     _, version, flags, publisher, number, index, count, total, crc, max_ts = _HEADER.unpack_from(view)
+    if not version:
+        raise WireError("part header version 0 is none")
     if version != HEADER_VERSION or flags:
-        raise WireError(
+        raise NotReadableHereError(
             f"part header version {version} with flags {flags:#x} is unknown, "
             f"this version reads {HEADER_VERSION}: upgrade harmonylite"
         )
@@ -163,6 +166,10 @@ class Joiner:
     def open_bytes(self) -> int:
         """Memory held for open groups."""
         return self._open_bytes
+
+    def is_open(self, part: Part) -> bool:
+        """Whether the group of a part waits for more."""
+        return (part.publisher, part.payload_id) in self._open
 
     def first_open_sequence(self) -> int | None:
         """The sequence at which the oldest open group began: the reader's position has to stay before it."""

@@ -39,6 +39,10 @@ class WireError(ValueError):
     """Bytes that are not what they should be, or a value that SQLite could not hold. One line, for the operator."""
 
 
+class NotReadableHereError(WireError):
+    """Nothing says that the bytes are damaged: another version, or a machine with more memory, may read them."""
+
+
 def pack(value: object) -> bytes:
     """`value`, a SQLite value or nested lists, tuples and dicts (str keys) of them, as msgpack.
 

@@ -126,18 +126,23 @@ class Node:
             total += count
         return total
 
+    def collect(self) -> list[OutgoingGroup] | None:
+        """What is pending, as a list; None where `Outgoing.read` says that."""
+        groups = self.replica.outgoing.read()
+        return None if groups is None else list(groups)
+
     def outgoing(self) -> list[OutgoingGroup]:
         """Everything pending, not acknowledged."""
         self.absorb()
-        found = self.replica.collect()
+        found = self.collect()
         # As the engine does: under the lock, where a changed schema is followed first.
-        return self.replica.outgoing_locked(limit=1_000_000) if found is None else found
+        return self.replica.outgoing.read_locked(limit=1_000_000) if found is None else found
 
     def publish(self) -> list[Group]:
         """Everything pending, through the encoding of the wire and acknowledged."""
         sent = self.outgoing()
         for outgoing in sent:
-            self.replica.mark_published(outgoing.through)
+            self.replica.outgoing.mark_published(outgoing.through)
         return [wire.decode_group(wire.encode_group(each.group, compress=True)) for each in sent]
 
     def apply(self, *groups: Group, stored_ms: int | None = None, bound_ms: int | None = None) -> Applied:
@@ -163,6 +168,11 @@ class Node:
 
     def query(self, sql: str, bindings: Sequence[object] = ()) -> list[tuple[Any, ...]]:
         return self.app.execute(sql, bindings).fetchall()
+
+    def vanished(self, table: str) -> list[Row]:
+        """Keys of rows that should be there and are not."""
+        pieces = self.replica.unseen.look_through(self.replica.schema.tables[table])
+        return [key for piece in pieces for key in piece]
 
     def rows(self, table: str) -> list[tuple[Any, ...]]:
         return sorted(self.query(f'SELECT * FROM "{table}"'), key=repr)

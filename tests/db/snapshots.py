@@ -46,4 +46,4 @@ def merge(
 
 def forget_before(node: Node, since_ms: int) -> None:
     """As if the node had forgotten its tombstones from before that time."""
-    node.replica.judge(lambda _: node.replica.arrive((), synced_at_ms=0, tombstones_since_ms=since_ms))
+    node.replica.judge(lambda _: node.replica.completeness.arrive((), synced_at_ms=0, tombstones_since_ms=since_ms))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from harmonylite.db import versions
+from harmonylite.db.marking import start_over
 from harmonylite.db.versions import Correction
 from harmonylite.model import Position, Version
 from tests.db.conftest import MakeNode
@@ -37,7 +38,7 @@ def test_i5_a_stale_edit_does_not_overwrite_yesterdays(make: MakeNode) -> None:
     fresh.sql("INSERT INTO t VALUES (1, 'yesterday')")
     old.clock.now_ms = fresh.clock.now_ms = EPOCH_MS + 3 * DAY_MS
     for node in (old, fresh):
-        node.replica.server_time(node.clock.now_ms)
+        node.replica.times.server_time(node.clock.now_ms)
     exchange(old, fresh)
     assert old.rows("t") == fresh.rows("t") == [(1, "yesterday")]
     assert old.version("t", 1) == Version(EPOCH_MS + 2 * DAY_MS + 10, 2)
@@ -125,7 +126,7 @@ def test_current_ts_plus_one_does_not_raise_the_floor(make: MakeNode) -> None:
 
 def test_the_servers_time_raises_the_floor_of_a_clock_that_is_behind(make: MakeNode) -> None:
     node = make(1, PLAIN, clock=Clock(0))
-    node.replica.server_time(EPOCH_MS)
+    node.replica.times.server_time(EPOCH_MS)
     node.sql("INSERT INTO t VALUES (1, 'x')")
     node.absorb()
     assert node.version("t", 1) == Version(EPOCH_MS, 1)
@@ -137,7 +138,7 @@ def test_a_node_in_2099_claims_no_more_than_the_server_allows(make: MakeNode) ->
     node.sql("INSERT INTO t VALUES (1, 'absorbed')")
     node.absorb()
     node.sql("INSERT INTO t VALUES (2, 'logged')")
-    node.replica.server_time(EPOCH_MS)
+    node.replica.times.server_time(EPOCH_MS)
     node.absorb(bound_ms=EPOCH_MS + 30_000)
     node.sql("INSERT INTO t VALUES (3, 'later')")
     node.absorb(bound_ms=EPOCH_MS + 30_000)
@@ -145,7 +146,7 @@ def test_a_node_in_2099_claims_no_more_than_the_server_allows(make: MakeNode) ->
         version = node.version("t", key)
         assert version is not None and version.ts <= EPOCH_MS + 60_000, key
     node.clock.now_ms = EPOCH_MS  # set right
-    node.replica.server_time(EPOCH_MS + 3_600_000 * 2)
+    node.replica.times.server_time(EPOCH_MS + 3_600_000 * 2)
     node.sql("INSERT INTO t VALUES (4, 'right')")
     node.absorb(bound_ms=EPOCH_MS + 8_000_000)
     version = node.version("t", 4)
@@ -169,7 +170,7 @@ def test_clamping_stays_above_what_the_write_replaced_and_spares_others(make: Ma
     sent = node.version("t", 3)
     node.sql("UPDATE t SET v = 'mine' WHERE id = 2")
     node.absorb()
-    node.replica.server_time(EPOCH_MS - 100_000)
+    node.replica.times.server_time(EPOCH_MS - 100_000)
     assert node.version("t", 2) == Version(EPOCH_MS + 50_001, 1)
     assert node.version("t", 3) == sent, "an acknowledged version is what all others have"
 
@@ -259,7 +260,7 @@ def test_a_step_of_the_clock_is_added_to_unsent_versions_of_this_boot(make: Make
     node.absorb()
     node.sql("INSERT INTO t VALUES (4, 'logged')")
     until = node.clock.now_ms
-    node.replica.shift_clock(from_ms=started, to_ms=until, delta_ms=3 * DAY_MS)
+    node.replica.times.shift_clock(from_ms=started, to_ms=until, delta_ms=3 * DAY_MS)
     assert node.version("t", 3) == Version(at + 3 * DAY_MS, 1)
     assert node.version("t", 4) == Version(until + 3 * DAY_MS, 1)
     assert {key: node.version("t", key) for key in (1, 2, 5)} == before
@@ -275,10 +276,24 @@ def test_a_step_is_not_added_to_versions_of_an_earlier_boot(make: MakeNode) -> N
     node.restart(boot_id="two")
     node.clock.now_ms = EPOCH_MS
     node.sql("INSERT INTO t VALUES (2, 'this boot')")
-    node.replica.shift_clock(from_ms=EPOCH_MS, to_ms=EPOCH_MS + 1000, delta_ms=DAY_MS)
+    node.replica.times.shift_clock(from_ms=EPOCH_MS, to_ms=EPOCH_MS + 1000, delta_ms=DAY_MS)
     assert node.version("t", 1) == before
     shifted = node.version("t", 2)
     assert shifted is not None and shifted.ts >= EPOCH_MS + DAY_MS
+
+
+def test_a_step_is_added_to_what_this_boot_wrote_before_the_daemon_started(make: MakeNode) -> None:
+    """What is in the log when a boot begins is of it, unless its times say otherwise: applications start first."""
+    node = make(1, PLAIN, boot_id="one")
+    node.stop()
+    node.sql("INSERT INTO t VALUES (1, 'earlier boot')")
+    earlier = node.clock.now_ms
+    started = node.clock.tick()
+    node.sql("INSERT INTO t VALUES (2, 'this boot')")
+    at = node.clock.now_ms
+    node.start(boot_id="two")
+    node.replica.times.shift_clock(from_ms=started, to_ms=node.clock.tick(), delta_ms=DAY_MS)
+    assert (node.version("t", 1), node.version("t", 2)) == (Version(earlier, 1), Version(at + DAY_MS, 1))
 
 
 def test_a_step_back_keeps_edits_above_what_they_replaced(make: MakeNode) -> None:
@@ -287,7 +302,7 @@ def test_a_step_back_keeps_edits_above_what_they_replaced(make: MakeNode) -> Non
     started = node.clock.tick()
     node.sql("UPDATE t SET v = 'mine'")
     node.absorb()
-    node.replica.shift_clock(from_ms=started, to_ms=node.clock.now_ms, delta_ms=-DAY_MS)
+    node.replica.times.shift_clock(from_ms=started, to_ms=node.clock.now_ms, delta_ms=-DAY_MS)
     assert node.version("t", 1) == Version(EPOCH_MS + 1, 1)
 
 
@@ -321,7 +336,7 @@ def test_absorb_in_pieces_loses_nothing_and_joins_the_batches(make: MakeNode) ->
         node.sql(insert_many(versions.ABSORB_ROWS * 2 + 7))
         node.sql("INSERT INTO u VALUES (1, 'same transaction')")
     assert node.replica.absorb() <= versions.ABSORB_ROWS
-    assert node.replica.collect() is None, "a half absorbed transaction is not published"
+    assert node.collect() is None, "a half absorbed transaction is not published"
     node.crash()
     [outgoing] = node.outgoing()
     assert len(outgoing.group) == versions.ABSORB_ROWS * 2 + 8
@@ -332,7 +347,7 @@ def test_apply_absorbs_a_log_of_any_length_first(make: MakeNode) -> None:
     node = make(1, PLAIN)
     node.sql(insert_many(versions.ABSORB_ROWS * 2))
     node.apply(wrote("t", ("id", "v"), ((1, "newer"), stamp(EPOCH_MS + 50_000, 2))))
-    assert not node.replica.has_log()
+    assert not node.replica.absorbing.has_log(node.replica.writer)
     assert node.query("SELECT v FROM t WHERE id IN (1, 2)") == [("newer",), ("v2",)]
 
 
@@ -370,7 +385,7 @@ def test_absorb_takes_no_lock_when_there_is_nothing(make: MakeNode) -> None:
     node.sql("BEGIN")
     node.query("SELECT * FROM t")
     assert node.replica.absorb() == 0
-    node.replica.mark_published(10**6)
+    node.replica.outgoing.mark_published(10**6)
     node.replica.note_position(Position(STREAM, CREATED, 7))
     assert node.outgoing() == []
     node.app.execute("UPDATE t SET v = 2")  # SQLITE_BUSY_SNAPSHOT if anything was committed meanwhile
@@ -424,7 +439,7 @@ def test_a_tombstone_that_is_pending_again_starts_anew(make: MakeNode) -> None:
     node = make(1, PLAIN, tombstone_retention_ms=10 * DAY_MS)
     node.apply(deleted("t", ((7,), stamp(EPOCH_MS, 2))))
     prune_all(node, EPOCH_MS)
-    node.replica.start_over(Position(STREAM, CREATED, 0))
+    start_over(node.replica, Position(STREAM, CREATED, 0))
     assert prune_all(node, EPOCH_MS + 20 * DAY_MS) == 0
     assert removed(node.publish(), "t") == [(7,)]
     assert prune_all(node, EPOCH_MS + 30 * DAY_MS) == 0, "settles now"

@@ -87,7 +87,7 @@ def test_i7_a_long_log_is_not_one_transaction_where_its_ends_were_seen(make: Mak
     size = versions.ABSORB_ROWS // 5 * 2
     for number in range(6):
         insert(node, number * size, size, "t", "u")
-        node.replica.sight(on_writer=number % 2 == 0)
+        node.replica.absorbing.sight(on_writer=number % 2 == 0)
     sent = node.outgoing()
     assert [len(each.group) for each in sent] == [2 * size] * 6
     for each in sent:
@@ -107,7 +107,7 @@ def test_i7_without_having_seen_its_ends_a_long_log_is_one(make: MakeNode) -> No
 def test_a_row_that_changes_again_holds_its_transactions_together(make: MakeNode) -> None:
     node = make(1, BOTH)
     insert(node, 0, versions.ABSORB_ROWS, "t")
-    node.replica.sight(on_writer=False)
+    node.replica.absorbing.sight(on_writer=False)
     with node.transaction():
         node.app.execute("UPDATE t SET v = 'y' WHERE id = 5")
         node.app.execute("INSERT INTO u VALUES (1, 'y')")
@@ -119,9 +119,9 @@ def test_an_open_snapshot_sees_nothing_new(make: MakeNode) -> None:
     node = make(1, PLAIN)
     insert(node, 0, 10, "t")
     node.absorb()
-    pinned = node.replica.outgoing()
+    pinned = node.replica.outgoing.read()
     assert pinned is not None
-    node.replica.sight(on_writer=False)
+    node.replica.absorbing.sight(on_writer=False)
     assert len(list(pinned)) == 1
 
 
@@ -131,11 +131,11 @@ def test_i7_boundaries_of_an_absorb_that_was_rolled_back_are_forgotten(make: Mak
     insert(node, 1, 1, "t")
     node.replica.absorb()
     [group] = node.outgoing()
-    node.replica.mark_published(group.through)
+    node.replica.outgoing.mark_published(group.through)
     insert(node, 10, versions.ABSORB_ROWS, "t", "u")  # t's half alone fills a piece
     replica = node.replica
     with pytest.raises(apsw.FullError), replica.transaction():
-        replica._absorb(None)
+        replica.absorbing.piece(None)
         raise apsw.FullError("at the commit")
     marking = Marking(replica)
     while marking.step():

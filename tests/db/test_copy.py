@@ -9,8 +9,9 @@ from pathlib import Path
 import apsw
 import pytest
 
+from harmonylite.db import copy as copy_module
 from harmonylite.db import tables
-from harmonylite.db.copy import CopyCancelledError, DamagedCopyError, adopt_copy, clean_copy
+from harmonylite.db.copy import CopyCancelledError, DamagedCopyError, adopt_copy, check_copy, clean_copy
 from harmonylite.db.replica import Replica, ReplicaSettings
 from harmonylite.model import Position
 from tests.db.conftest import MakeNode
@@ -234,6 +235,39 @@ def test_a_damaged_copy_is_refused(make: MakeNode, tmp_path: Path) -> None:
         adopt_copy(plain, 3)
 
 
+def test_a_check_reads_all_tells_how_far_it_is_and_can_be_given_up(
+    make: MakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copy_module, "CHECK_LOOK_S", 0.001)
+    monkeypatch.setattr(copy_module, "CHECK_STEPS", 10_000)
+    node = make(1, PLAIN)
+    with node.transaction():
+        node.app.execute(
+            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 60000)"
+            " INSERT INTO t SELECT i, hex(randomblob(200)) FROM n"
+        )
+    path, info = copy_of(node)
+    seen: list[tuple[int, int]] = []
+    check_copy(path, lambda done, total: seen.append((done, total)))
+    assert seen == sorted(seen), "it goes on"
+    assert {total for _, total in seen} == {info.size}
+    assert 0 < seen[-1][0] <= info.size
+    before = path.read_bytes()
+    for first in (True, False):
+        asked: list[bool] = []
+
+        def cancelled(first: bool = first, asked: list[bool] = asked) -> bool:
+            asked.append(first or bool(asked))
+            return asked[-1]
+
+        with pytest.raises(CopyCancelledError):
+            check_copy(path, cancelled=cancelled)
+    middle = len(before) // 2 // 4096 * 4096
+    path.write_bytes(before[:middle] + b"\xff" * 4096 + before[middle + 4096 :])
+    with pytest.raises(DamagedCopyError):
+        check_copy(path)
+
+
 def test_a_copy_says_since_when_it_has_all_tombstones(make: MakeNode) -> None:
     node = make(1, PLAIN)
     assert copy_of(node)[1].tombstones_since_ms == 0
@@ -241,7 +275,7 @@ def test_a_copy_says_since_when_it_has_all_tombstones(make: MakeNode) -> None:
     node.sql("INSERT INTO t VALUES (1, 'a'), (2, 'b')")
     node.sql("DELETE FROM t WHERE id = 1")
     node.apply(*node.publish())
-    node.replica.note_synced(EPOCH_MS + 5)
+    node.replica.completeness.note_synced(EPOCH_MS + 5)
     assert node.replica.prune_tombstones(EPOCH_MS) == 0
     assert copy_of(node)[1].tombstones_since_ms == 0, "nothing was forgotten yet"
     assert node.replica.prune_tombstones(EPOCH_MS + 91 * day) == 1

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-from pathlib import Path
-
-import apsw
 import pytest
 
 from harmonylite.db import evictions, unversioned, versions
-from harmonylite.db.replica import Replica, ReplicaSettings
-from harmonylite.engine import Engine
+from harmonylite.db.marking import start_over
 from harmonylite.model import Position, Version
-from harmonylite.observe.metrics import Metrics
-from harmonylite.timekeeping import Timekeeper
 from tests.db.conftest import MakeNode
 from tests.db.harness import CREATED, DAY_MS, STREAM, deleted, exchange, removed, stamp, written, wrote
 
@@ -85,7 +78,7 @@ def test_rows_that_are_only_known_are_not_published_after_a_lost_log(make: MakeN
     node = make(1, f"{SCRIPT}; INSERT INTO t VALUES (1, 'old')")
     node.apply(wrote("t", ("id", "v"), ((2, "theirs"), stamp(1000, 2))))
     node.apply(deleted("t", ((3,), stamp(0, 0, rank=1))))  # the loser of a clash, unversioned
-    node.replica.start_over(Position(STREAM, CREATED, 0))
+    start_over(node.replica, Position(STREAM, CREATED, 0))
     groups = node.publish()
     assert [row for row, _ in written(groups, "t")] == [(2, "theirs")]
     assert removed(groups, "t") == [(3,)]
@@ -138,9 +131,7 @@ def test_an_eviction_through_an_index_that_is_gone_when_it_is_absorbed(make: Mak
     node.sql("DROP INDEX i")
     node.start()
     node.publish()
-    table = node.replica.schema.tables["t"]
-    keys = node.replica.find_vanished(table)  # what the hourly audit does
-    node.replica.log_vanished("t", keys)
+    assert node.replica.unseen.log_vanished("t", node.vanished("t")) == 1  # what the hourly audit does
     assert removed(node.publish(), "t") == [(1,)]
 
 
@@ -180,20 +171,20 @@ def test_a_large_log_is_looked_through_at_its_end(make: MakeNode, monkeypatch: p
 def test_what_is_not_absorbed_makes_a_look_due(make: MakeNode) -> None:
     node = make(1, f"{SCRIPT}; CREATE TABLE plain (id INTEGER PRIMARY KEY)")
     node.sql("INSERT INTO plain VALUES (1)")
-    assert not node.replica.look_is_due()
+    assert not node.replica.unseen.look_is_due()
     node.sql("INSERT INTO t VALUES (1, 'a')")
-    assert node.replica.look_is_due()
+    assert node.replica.unseen.look_is_due()
     node.absorb()
-    assert not node.replica.look_is_due()
+    assert not node.replica.unseen.look_is_due()
 
 
 def test_a_table_that_is_only_written_by_others_is_not_looked_through(make: MakeNode) -> None:
     node = make(1, SCRIPT)
     node.sql("INSERT INTO t VALUES (1, 'a')")
     node.absorb()
-    assert node.replica.take_unlooked() == []
+    assert node.replica.unseen.take_unlooked() == []
     node.apply(wrote("t", ("id", "v"), ((2, "b"), stamp(1000, 2))))
-    assert not node.replica.has_unlooked()
+    assert not node.replica.unseen.has_unlooked()
 
 
 @pytest.fixture
@@ -205,57 +196,50 @@ def small(monkeypatch: pytest.MonkeyPatch) -> int:
 
 def test_a_large_table_is_not_looked_through_in_the_transaction_that_absorbs(make: MakeNode, small: int) -> None:
     node = make(1, SCRIPT)
-    node.replica.take_unlooked()
+    node.replica.unseen.take_unlooked()
     node.sql("INSERT INTO t VALUES (1, 1), (2, 2), (3, 3)")
     node.publish()
-    assert not node.replica.has_unlooked()
+    assert not node.replica.unseen.has_unlooked()
     node.sql("INSERT INTO t VALUES (4, 4)")  # grows too large, and is looked through once more
     node.sql("REPLACE INTO t VALUES (5, 1)")
     assert removed(node.publish(), "t") == [(1,)]
-    assert not node.replica.has_unlooked()
+    assert not node.replica.unseen.has_unlooked()
     node.sql("REPLACE INTO t VALUES (6, 2)")
     assert removed(node.publish(), "t") == []
-    assert node.replica.take_unlooked() == ["t"]
-    assert not node.replica.has_unlooked()
+    assert node.replica.unseen.take_unlooked() == ["t"]
+    assert not node.replica.unseen.has_unlooked()
 
 
-def test_the_engine_looks_through_large_tables_now_and_then(
-    tmp_path: Path, small: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("columns", ["id INTEGER PRIMARY KEY, other, v", "other, id, v, PRIMARY KEY (other, id)"])
+def test_a_look_goes_through_all_of_a_large_table_in_pieces(
+    make: MakeNode, small: int, monkeypatch: pytest.MonkeyPatch, columns: str
 ) -> None:
-    async def test() -> None:
-        path = tmp_path / "app.db"
-        application = apsw.Connection(str(path))
-        application.execute(SCRIPT)
-        engine = Engine(
-            Replica(path, ReplicaSettings(node_id=1)), Timekeeper(60_000), Metrics("h", "l"), compress=False
-        )
-        await engine.open()
-        try:
-            application.execute("INSERT INTO t VALUES (1, 1), (2, 2), (3, 3), (4, 4), (5, 5)")
-            await engine.absorb()
-            assert await engine.look_again() == 0
-            application.execute("REPLACE INTO t VALUES (6, 1)")
-            await engine.absorb()
-            monkeypatch.setattr(engine, "_next_look", {"t": float("inf")})
-            assert await engine.look_again() == 0, "not before its time"
-            engine._next_look.clear()
-            assert await engine.look_again() == 1
-            await engine.absorb()
-            assert application.execute("SELECT k0, deleted FROM __harmonylite__t_version WHERE deleted").fetchall() == [
-                (1, 1)
-            ]
-            engine._next_look.clear()
-            assert await engine.look_again() == 0
-            found = engine.replica.find_vanished
-            monkeypatch.setattr(engine.replica, "find_vanished", lambda table: pytest.fail("nothing was written"))
-            engine._next_look.clear()
-            assert await engine.look_again() == 0
-            monkeypatch.setattr(engine.replica, "find_vanished", found)
-            # Offline, what may have evicted rows is absorbed soon, so that the time of the eviction is about right.
-            application.execute("REPLACE INTO t VALUES (7, 2)")
-            assert await engine.shorten_log(20_000) == 1
-        finally:
-            await engine.close()
-            application.close()
+    monkeypatch.setattr(evictions, "PIECE_ROWS", 3)
+    node = make(1, f"CREATE TABLE t ({columns}); CREATE UNIQUE INDEX i ON t (v)")
+    for number in range(11):
+        node.sql("INSERT INTO t (id, other, v) VALUES (?, 'x', ?)", (number, number))
+    node.publish()
+    for number in (0, 2, 3, 5, 6, 10):
+        node.sql("REPLACE INTO t (id, other, v) VALUES (?, 'x', ?)", (100 + number, number))
+    node.publish()
+    pieces = list(node.replica.unseen.look_through(node.replica.schema.tables["t"]))
+    assert max(map(len, pieces)) <= 3
+    found = [key for piece in pieces for key in piece]
+    assert [each[-1] for each in found] == [0, 2, 3, 5, 6, 10]
+    assert node.replica.unseen.log_vanished("t", found) == 6
+    assert sorted(removed(node.publish(), "t")) == found
+    assert node.vanished("t") == []
 
-    asyncio.run(asyncio.wait_for(test(), 30))
+
+def test_a_delete_that_is_still_logged_is_not_taken_for_an_eviction(make: MakeNode, small: int) -> None:
+    node = make(1, SCRIPT)
+    node.sql("INSERT INTO t VALUES (1, 1), (2, 2), (3, 3), (4, 4)")
+    node.publish()
+    node.sql("DELETE FROM t WHERE id = 1")
+    deleted_at = node.clock.now_ms
+    keys = node.vanished("t")
+    assert keys == [(1,)]
+    node.clock.tick(DAY_MS)
+    assert node.replica.unseen.log_vanished("t", keys) == 0
+    node.absorb()
+    assert node.version("t", 1) == Version(deleted_at, 1)

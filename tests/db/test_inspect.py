@@ -93,9 +93,9 @@ def test_pending_rows_are_counted_before_and_after_they_are_absorbed(path: Path,
     assert inspect.overview(path).pending_rows == 4
 
     replica.absorb()
-    groups = replica.collect()
+    groups = list(replica.outgoing.read() or ())
     assert groups
-    replica.mark_published(max(group.through for group in groups))
+    replica.outgoing.mark_published(max(group.through for group in groups))
     replica.flush()
     assert inspect.overview(path).pending_rows == 0 == replica.pending()
 
@@ -236,3 +236,63 @@ def test_a_reader_who_may_write_nothing_gets_answers_at_rest_and_in_use() -> Non
                 inspect.overview(path)
         finally:
             os.seteuid(0)
+
+
+def filled(path: Path, rows: int) -> None:
+    write(
+        path,
+        "CREATE INDEX item ON orders (item)",
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < " + str(rows) + ")"
+        " INSERT INTO orders SELECT i, hex(randomblob(50)) FROM n",
+    )
+
+
+def damage(path: Path) -> None:
+    """A page in the middle becomes something else, as a card does it."""
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2 // 4096 * 4096)
+        file.write(b"\xff" * 4096)
+
+
+def test_a_sound_database_is_looked_through_to_its_end(path: Path) -> None:
+    filled(path, 2_000)
+    before = contents(path.parent)
+    found = inspect.soundness(path, 60)
+    assert (found.complaint, found.looked_at) == (None, 1.0)
+    assert found.size == path.stat().st_size
+    assert contents(path.parent) == before, "nothing was created or changed"
+
+
+def test_damage_in_a_page_that_nobody_reads_is_found(path: Path) -> None:
+    filled(path, 2_000)
+    damage(path)
+    assert inspect.overview(path).pending_rows == 0, "nothing else notices it"
+    found = inspect.soundness(path, 60)
+    assert found.complaint is not None
+
+
+def test_damage_is_found_beside_a_collation_that_only_the_application_has(path: Path) -> None:
+    application = apsw.Connection(str(path))
+    application.createcollation("theirs", lambda a, b: (a > b) - (a < b))
+    application.execute("CREATE TABLE own (id INTEGER PRIMARY KEY, name TEXT COLLATE theirs UNIQUE)")
+    application.execute("INSERT INTO own VALUES (1, 'x'), (2, 'y')")
+    application.close()
+    filled(path, 2_000)
+    assert inspect.soundness(path, 60).complaint is None
+    damage(path)
+    assert inspect.soundness(path, 60).complaint is not None
+
+
+@pytest.mark.skipif(apsw.sqlite_lib_version().startswith("3.40."), reason="this SQLite cannot be interrupted there")
+def test_a_large_database_is_looked_at_for_a_bounded_time(path: Path) -> None:
+    filled(path, 300_000)
+    found = inspect.soundness(path, 0.02)
+    assert found.complaint is None
+    assert 0 <= found.looked_at < 1
+
+
+def test_a_sqlite_that_does_not_let_go_reads_only_what_is_quick(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled(path, 2_000)
+    monkeypatch.setattr(apsw, "sqlite_lib_version", lambda: "3.40.1")
+    assert inspect.soundness(path, 60).looked_at == 1
+    assert inspect.soundness(path, 0.001).looked_at == 0

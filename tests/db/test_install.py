@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import apsw
@@ -305,3 +306,40 @@ def test_a_newer_format_is_refused(make: MakeNode) -> None:
 def test_a_database_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(apsw.CantOpenError):
         Replica(tmp_path / "mistyped.db", ReplicaSettings(1)).open()
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str, int]]:
+    """(level, first word, rows) of what the installation says of tables."""
+    found = [record for record in caplog.records if record.name == "harmonylite.db.install"]
+    return [(record.levelname, record.message.split(",")[0], vars(record)["fields"]["rows"]) for record in found]
+
+
+def test_a_new_table_is_no_reason_to_warn(make: MakeNode, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    node = make(1, PLAIN)
+    assert said(caplog) == []
+    node.sql("CREATE TABLE u (id INTEGER PRIMARY KEY)")
+    node.absorb()
+    node.app.execute("CREATE TABLE w (id INTEGER PRIMARY KEY); INSERT INTO w VALUES (1), (2)")
+    node.absorb()
+    assert said(caplog) == [
+        ("INFO", "table is replicated from now on", 0),
+        ("INFO", "table is replicated from now on", 2),
+    ]
+    assert sorted(row for row, _ in written(node.publish(), "w")) == [(1,), (2,)]
+
+
+def test_capture_that_was_off_is_warned_of_if_there_is_anything_to_publish(
+    make: MakeNode, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    node = make(1, f"{PLAIN}; CREATE TABLE empty (id INTEGER PRIMARY KEY)")
+    node.sql("INSERT INTO t VALUES (1, 'x')")
+    node.publish()
+    node.app.execute(REBUILD.format("id INTEGER PRIMARY KEY, v"))
+    node.app.execute('DROP TRIGGER "__harmonylite__empty_insert"')
+    node.publish()
+    assert sorted(said(caplog)) == [
+        ("INFO", "table is captured again; it has no rows", 0),
+        ("WARNING", "table was rebuilt", 1),
+    ]

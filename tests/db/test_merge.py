@@ -9,7 +9,7 @@ from typing import Any
 import apsw
 import pytest
 
-from harmonylite.db.copy import DamagedCopyError
+from harmonylite.db.copy import DamagedCopyError, DamagedDatabaseError
 from harmonylite.db.merge import Merger, Work
 from harmonylite.model import Position, RawText, Version
 from tests.db.conftest import MakeNode
@@ -180,7 +180,7 @@ def test_a_listener_takes_everything_and_marks_nothing(make: MakeNode) -> None:
     a.sql("INSERT INTO t VALUES (1, 'x')")
     report = merge(b, copy_of(a))
     assert (b.rows("t"), report.marked) == ([(1, "x")], 0)
-    assert b.replica.collect() == []
+    assert b.collect() == []
 
 
 def test_parked_rows_of_a_snapshot_wait_here_or_fit_here(make: MakeNode) -> None:
@@ -579,7 +579,7 @@ def test_every_kind_of_key(make: MakeNode, key: str, without_rowid: str, monkeyp
     assert b.publish() == []
     # Rows that only this node has go out again, by their mark.
     empty = make(3, script)
-    empty.replica.note_synced(1)
+    empty.replica.completeness.note_synced(1)
     assert merge(b, copy_of(empty, "empty.db")).marked == len(KEYS[key])
     groups = b.publish()
     assert len(written(groups, "t")) == len(KEYS[key]) - 1
@@ -659,7 +659,7 @@ def test_killed_at_any_step_and_run_again_the_result_is_the_same(make: MakeNode)
         b.clock.now_ms = a.clock.now_ms
         b.sql("INSERT INTO t VALUES (7, 'received')")
         publish(b)
-        b.replica.note_synced(EPOCH_MS)
+        b.replica.completeness.note_synced(EPOCH_MS)
         b.replica.flush()
         a.sql("UPDATE t SET v = 'd' WHERE id = 1")
         a.sql("DELETE FROM t WHERE id = 2")
@@ -779,6 +779,42 @@ def test_a_broken_snapshot_is_told_from_a_broken_database(make: MakeNode) -> Non
     plain.close()
     with pytest.raises(DamagedCopyError, match="not a copy"):
         Merger(b.replica, path.with_name("plain.db"), (), 0).open()
+
+
+def damage(node: Node, name: str) -> None:
+    """Every page of one table or index becomes unreadable, and nobody has it in memory."""
+    node.sql("PRAGMA wal_checkpoint(TRUNCATE)")
+    ((root, page_bytes),) = node.query(
+        "SELECT rootpage, (SELECT page_size FROM pragma_page_size) FROM sqlite_schema WHERE name = ?", (name,)
+    )
+    with node.path.open("r+b") as file:
+        file.seek((root - 1) * page_bytes)
+        file.write(b"\xff" * page_bytes)
+    for connection in (node.replica.writer, node.replica._reader):
+        connection.execute("PRAGMA cache_size = 0")
+        connection.execute("PRAGMA shrink_memory")
+
+
+@pytest.mark.parametrize(("table", "step"), [("__harmonylite__t_version", "find"), ("t", "write")])
+def test_a_broken_database_is_told_from_a_broken_snapshot(make: MakeNode, table: str, step: str) -> None:
+    """The snapshot is good, and another one would be no better."""
+    a, b = make(1, PLAIN), make(2, PLAIN)
+    a.sql("INSERT INTO t VALUES (1, 'theirs')")
+    publish(a)
+    b.sql("INSERT INTO t VALUES (2, 'mine')")
+    publish(b)
+    merger = merger_of(b, copy_of(a))
+    try:
+        if step == "write":
+            work = next_work(merger)
+        damage(b, table)
+        with pytest.raises(DamagedDatabaseError, match=f"this node's database {re.escape(str(b.path))} is damaged"):
+            if step == "find":
+                next_work(merger)
+            else:
+                merger.write(work)
+    finally:
+        merger.close()
 
 
 def test_write_transactions_stay_short_and_progress_is_told(make: MakeNode) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from harmonylite.db.marking import start_over
 from harmonylite.model import Position, Stamp
 from tests.db.conftest import MakeNode
 from tests.db.harness import CREATED, EPOCH_MS, STREAM, exchange, removed, stamp, written, wrote
@@ -16,8 +17,8 @@ def test_a_group_holds_no_content_newer_than_its_versions(make: MakeNode) -> Non
     node.sql("INSERT INTO t VALUES (1, 'x')")
     node.absorb()
     node.sql("UPDATE t SET v = 'newer'")
-    assert node.replica.collect() is None
-    assert node.replica.outgoing(on_writer=True) is None
+    assert node.collect() is None
+    assert node.replica.outgoing.read(on_writer=True) is None
     [group] = node.publish()
     assert written([group], "t") == [((1, "newer"), Stamp(node.clock.now_ms, 1, 0, 0, 0))]
 
@@ -27,7 +28,7 @@ def test_a_pinned_snapshot_does_not_see_later_commits(make: MakeNode) -> None:
     for key in range(3):
         node.sql("INSERT INTO t VALUES (?, 'x')", (key,))
         node.absorb()
-    groups = node.replica.outgoing()
+    groups = node.replica.outgoing.read()
     assert groups is not None
     first = next(groups)
     node.sql("UPDATE t SET v = 'later'")
@@ -44,7 +45,7 @@ def test_a_schema_change_between_absorb_and_read_is_noticed(make: MakeNode) -> N
     node.sql("INSERT INTO t VALUES (1, 'x')")
     node.absorb()
     node.sql("ALTER TABLE t ADD COLUMN w DEFAULT 5")
-    assert node.replica.collect() is None
+    assert node.collect() is None
     node.sql("UPDATE t SET v = 'y'")
     [group] = node.publish()
     assert group.tables[0].columns == ("id", "v", "w")
@@ -55,10 +56,10 @@ def test_a_snapshot_that_was_never_read_is_let_go(make: MakeNode) -> None:
     node = make(1, PLAIN)
     node.sql("INSERT INTO t VALUES (1, 'x')")
     node.absorb()
-    groups = node.replica.outgoing()
+    groups = node.replica.outgoing.read()
     assert groups is not None
     groups.close()
-    assert node.replica.collect() is not None
+    assert node.collect() is not None
 
 
 def test_i3_a_change_is_pending_until_it_is_acknowledged(make: MakeNode) -> None:
@@ -69,7 +70,7 @@ def test_i3_a_change_is_pending_until_it_is_acknowledged(make: MakeNode) -> None
     assert node.replica.pending() == 1
     again = node.crash().outgoing()
     assert written([sent[0].group], "t") == written([again[0].group], "t")
-    node.replica.mark_published(again[0].through)
+    node.replica.outgoing.mark_published(again[0].through)
     assert node.replica.pending() == 0
     assert node.outgoing() == []
 
@@ -91,7 +92,7 @@ def test_an_acknowledgement_leaves_what_changed_meanwhile(make: MakeNode) -> Non
     sent = node.outgoing()
     node.sql("UPDATE t SET v = 'changed' WHERE id = 1")
     node.absorb()
-    node.replica.mark_published(sent[-1].through)
+    node.replica.outgoing.mark_published(sent[-1].through)
     assert [row for row, _ in written(node.publish(), "t")] == [(1, "changed")]
     assert node.replica.pending() == 0
 
@@ -102,11 +103,11 @@ def test_groups_after_a_batch_are_those_that_were_not_handed_out(make: MakeNode)
     [first] = node.outgoing()
     node.sql("INSERT INTO t VALUES (2, 'y')")
     node.absorb()
-    groups = node.replica.outgoing(first.through)
+    groups = node.replica.outgoing.read(first.through)
     assert groups is not None
     assert [row for row, _ in written([each.group for each in groups], "t")] == [(2, "y")]
-    assert node.replica.pending_at_most(first.through, 1)
-    assert not node.replica.pending_at_most(0, 1)
+    assert node.replica.outgoing.pending_at_most(first.through, 1)
+    assert not node.replica.outgoing.pending_at_most(0, 1)
 
 
 def test_a_backlog_is_not_one_giant_group(make: MakeNode) -> None:
@@ -161,10 +162,10 @@ def test_i7_a_transaction_larger_than_the_limit_is_cut_and_told(make: MakeNode) 
     assert [each.torn for each in sent] == [True] * (len(sent) - 1) + [False]
     assert sum(len(each.group) for each in sent) == 1201
     # Only the last one completes the batch: a crash in between sends all of them again.
-    node.replica.mark_published(sent[0].through)
+    node.replica.outgoing.mark_published(sent[0].through)
     assert node.replica.pending() == 1201
     other.apply(*(each.group for each in sent))
-    node.replica.mark_published(sent[-1].through)
+    node.replica.outgoing.mark_published(sent[-1].through)
     assert node.replica.pending() == 0
     assert other.rows("t") == node.rows("t")
 
@@ -187,11 +188,11 @@ def test_i7_groups_are_as_small_as_the_stream_wants_them_but_transactions_stay_w
                 node.app.execute("INSERT INTO t VALUES (?, ?)", (key, "x" * 2_000))
         node.absorb()
     assert len(node.outgoing()) == 1
-    node.replica.limit_groups(50_000)
+    node.replica.outgoing.limit_groups(50_000)
     sent = node.outgoing()
     assert [len(each.group) for each in sent] == [20, 10, 20, 20, 10, 20]
     assert not any(each.torn for each in sent)
-    node.replica.limit_groups(5_000)
+    node.replica.outgoing.limit_groups(5_000)
     sent = node.outgoing()
     assert [len(each.group) for each in sent] == [10] * 10
     assert not any(each.torn for each in sent)
@@ -225,9 +226,9 @@ def test_an_application_that_never_pauses_is_read_under_the_lock(make: MakeNode)
         node.sql("INSERT INTO t VALUES (?, 'x')", (key,))
         node.absorb()
     node.sql("UPDATE t SET v = 'y' WHERE id = 9")
-    some = node.replica.outgoing_locked(limit=4)
+    some = node.replica.outgoing.read_locked(limit=4)
     assert [len(each.group) for each in some] == [2, 2]
-    rest = node.replica.outgoing_locked(after=some[-1].through, limit=100)
+    rest = node.replica.outgoing.read_locked(after=some[-1].through, limit=100)
     assert [row for row, _ in written([each.group for each in rest], "t")][-1] == (9, "y")
 
 
@@ -260,7 +261,7 @@ def test_relayed_rows_keep_their_origin(make: MakeNode) -> None:
     a.sql("DELETE FROM t WHERE id = 2")
     exchange(a, b)
     a.stop()
-    b.replica.start_over(Position(STREAM, "another", 0))
+    start_over(b.replica, Position(STREAM, "another", 0))
     b.received = 0
     assert b.replica.pending() == 3
     groups = b.publish()
@@ -278,7 +279,7 @@ def test_a_mark_is_dropped_when_a_newer_version_arrives(make: MakeNode) -> None:
     a, b = make(1, PLAIN), make(2, PLAIN)
     a.sql("INSERT INTO t VALUES (1, 'x')")
     exchange(a, b)
-    b.replica.start_over(Position(STREAM, CREATED, 0))
+    start_over(b.replica, Position(STREAM, CREATED, 0))
     a.sql("UPDATE t SET v = 'newer'")
     b.apply(*a.publish())
     assert b.replica.pending() == 0
@@ -290,6 +291,6 @@ def test_a_mark_is_dropped_when_that_version_arrives(make: MakeNode) -> None:
     a.sql("DELETE FROM t WHERE id = 2")
     groups = a.publish()
     b.apply(*groups)
-    b.replica.start_over(Position(STREAM, CREATED, 0))
+    start_over(b.replica, Position(STREAM, CREATED, 0))
     b.apply(*groups)
     assert b.replica.pending() == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from harmonylite.db.marking import start_over
 from harmonylite.db.reconcile import FORGOTTEN
 from harmonylite.model import Position, Stamp, Version
 from tests.db.conftest import MakeNode
@@ -17,6 +18,9 @@ SYNCED_MS = EPOCH_MS + DAY_MS
 # Tombstones_since of the snapshot: at the very time when the node was last in step, and a moment later.
 IN, OUT = SYNCED_MS, SYNCED_MS + 1
 
+# Deletes from before were forgotten, at the snapshot's node and here.
+THEIRS, OWN = EPOCH_MS - DAY_MS, EPOCH_MS - 1
+
 
 class Away:
     """A node that was in step once, and a snapshot of another one."""
@@ -27,7 +31,7 @@ class Away:
         self.name = 0
 
     def in_step(self) -> None:
-        self.node.replica.note_synced(SYNCED_MS)
+        self.node.replica.completeness.note_synced(SYNCED_MS)
         self.node.replica.flush()
 
     def merge(self, since_ms: int) -> int:
@@ -192,12 +196,12 @@ def test_a_position_tells_too_how_far_a_node_was_in_step(make: MakeNode) -> None
 def test_after_a_merge_a_node_is_as_much_in_step_as_the_snapshots(make: MakeNode) -> None:
     away = Away(make)
     away.in_step()
-    away.taker.replica.note_synced(SYNCED_MS + 7)
+    away.taker.replica.completeness.note_synced(SYNCED_MS + 7)
     away.taker.replica.flush()
     away.merge(OUT)
     assert away.node.meta("synced_at_ms") == SYNCED_MS + 7
-    away.node.replica.note_synced(SYNCED_MS + 9)
-    away.node.replica.note_synced(SYNCED_MS + 8)
+    away.node.replica.completeness.note_synced(SYNCED_MS + 9)
+    away.node.replica.completeness.note_synced(SYNCED_MS + 8)
     away.node.replica.flush()
     away.merge(OUT)
     assert away.node.meta("synced_at_ms") == SYNCED_MS + 9
@@ -240,8 +244,7 @@ def test_a_seed_row_that_does_not_fit_is_not_mistaken_for_one_that_vanished(make
     node = make(2, "CREATE TABLE t (id INTEGER PRIMARY KEY, v CHECK (v <> 'seed'))")
     merge(node, copy_of(taker))
     assert [(key, reason) for _, key, _, reason in node.parked()] == [((1,), "does not fit")]
-    (table,) = node.replica.schema.tables.values()
-    assert node.replica.find_vanished(table) == []
+    assert node.vanished("t") == []
     assert node.publish() == []
 
 
@@ -335,11 +338,52 @@ def test_what_is_marked_again_is_published_in_groups_of_bounded_size(
     for key in range(10):
         node.sql("INSERT INTO t VALUES (?, 'x')", (key,))
     node.apply(*node.publish())
-    node.replica.start_over(Position(STREAM, "another", 0))
+    start_over(node.replica, Position(STREAM, "another", 0))
     assert [len(group) for group in node.publish()] == [3, 3, 3, 1]
+
+
+def test_what_arrives_from_the_log_after_all_loses_its_mark(make: MakeNode) -> None:
+    """Rows and tombstones: else every node would publish everything again, one after the other."""
+    node = make(1, PLAIN)
+    node.sql("INSERT INTO t VALUES (1, 'x'), (2, 'x')")
+    first = node.publish()
+    node.apply(*first)
+    node.sql("DELETE FROM t WHERE id = 1")
+    second = node.publish()
+    node.apply(*second)
+    node.sql("DELETE FROM t WHERE id = 2")
+    node.apply(*node.publish())
+    start_over(node.replica, Position(STREAM, "another", 0))
+    node.apply(*second)
+    assert removed(node.publish(), "t") == [(2,)], "the log does not have that one"
 
 
 def _marking(node: Node):  # type: ignore[no-untyped-def]
     from harmonylite.db.marking import Marking
 
     return Marking(node.replica)
+
+
+@pytest.mark.parametrize(
+    ("mine", "created", "counts"),
+    [
+        (None, CREATED, THEIRS),
+        (1, CREATED, THEIRS),
+        (2, CREATED, THEIRS),
+        (3, CREATED, OWN),  # what it read beyond the snapshot may be what it has forgotten since
+        (1, "2023-11-15T00:00:00Z", OWN),  # nobody knows what that stream held
+    ],
+)
+def test_what_was_forgotten_here_is_forgotten_still_after_a_snapshot_from_before(
+    make: MakeNode, mine: int | None, created: str, counts: int
+) -> None:
+    """Else a node that knows of less would bring back what is deleted, once it merges a snapshot of this one."""
+    taker, node = make(1, PLAIN), make(2, PLAIN)
+    taker.replica.move_position(Position(STREAM, CREATED, 2, 1))
+    forget_before(taker, THEIRS)
+    forget_before(node, OWN)
+    if mine is not None:
+        node.replica.move_position(Position(STREAM, created, mine, 1))
+    merge(node, copy_of(taker))
+    assert node.meta("tombstones_since_ms") == counts
+    assert copy_of(node)[1].tombstones_since_ms == counts

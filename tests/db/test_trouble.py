@@ -64,7 +64,7 @@ def test_a_busy_database_is_a_busy_error_and_nothing_changed(make: MakeNode) -> 
     node.writer.setbusytimeout(1)
     group = wrote("t", IDV, ((2, "y"), stamp(EPOCH_MS, 2)))
     node.app.execute("BEGIN IMMEDIATE")
-    for call in (node.replica.absorb, lambda: node.apply(group), lambda: node.replica.server_time(EPOCH_MS)):
+    for call in (node.replica.absorb, lambda: node.apply(group), lambda: node.replica.times.server_time(EPOCH_MS)):
         with pytest.raises(apsw.BusyError):
             call()
     node.app.execute("COMMIT")

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import os
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -498,3 +499,89 @@ def test_over_a_link_that_breaks_again_and_again(tmp_path: Path) -> None:
         nothing_lost(cluster, writers)
         print(f"{cuts} cuts")
         assert cuts
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_merge_over_a_link_that_is_cut_all_the_time(tmp_path: Path) -> None:
+    """It takes longer than the link ever holds, and does not begin again."""
+    cluster, [link] = hub_and_leaves(tmp_path, SCHEMA, 1, more=shared_folder(tmp_path), proxied=True)
+    hub, leaf = small_store(cluster)
+    writers = writers_of([hub, leaf])
+    with cluster:
+        cluster.start()
+        cluster.wait_settled()
+        leaf.stop()
+        with hub.open_db() as connection:
+            for first in range(1000, 301_000, 10_000):  # each fits into the stream
+                connection.execute("BEGIN IMMEDIATE")
+                rows = ((first + number, os.urandom(40)) for number in range(10_000))
+                connection.executemany("INSERT INTO bulk VALUES (?, ?)", rows)
+                connection.execute("COMMIT")
+        churn(hub, MORE_THAN_THE_STREAM_MB)
+        save(hub)
+        begun = len(leaf.log_text())
+        with writing(writers):
+            leaf.start()
+            merging = re.compile("merging snapshot [^,]*, ([0-9]+) %")
+            percents: list[int] = []
+            cuts = 0
+
+            def bridged() -> bool:
+                found = merging.search(reasons(leaf))
+                percents.extend([int(found[1])] if found else [])
+                return "caught up from a snapshot" in leaf.log_text()[begun:]
+
+            eventually(lambda: bridged() or percents, 60, "it merges", pause_s=0.02)
+            while not bridged():
+                link.set(Link.CUT)
+                cuts += 1
+                eventually(lambda: bridged() or not leaf.connected(), 20, "the leaf has noticed", pause_s=0.05)
+                link.set(Link.PASS)
+                eventually(lambda: bridged() or leaf.connected(), 20, "the leaf is back", pause_s=0.05)
+        nothing_lost(cluster, writers)
+        print(f"{cuts} cuts, {percents}")
+        assert cuts >= 2
+        assert percents == sorted(percents), "it began again"
+        assert hub.execute("SELECT count(*) FROM bulk") == leaf.execute("SELECT count(*) FROM bulk")
+
+
+@pytest.mark.slow
+def test_a_damaged_card_is_told_from_a_damaged_snapshot(tmp_path: Path) -> None:
+    """The node says so and leaves the cluster alone; without its database it becomes a new one."""
+    cluster, _ = hub_and_leaves(tmp_path, SCHEMA, 1, more=shared_folder(tmp_path))
+    hub, leaf = small_store(cluster)
+    with cluster:
+        cluster.start()
+        with hub.open_db() as connection:
+            rows = [(f"item-{number}", 1, number, f"marker-{number} " * 40) for number in range(2000)]
+            connection.executemany(WRITE, rows)
+        cluster.wait_settled()
+        leaf.stop()
+        with leaf.open_db() as connection:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        content = leaf.db.read_bytes()
+        page = content.index(b"marker-1000 ") // 4096 * 4096
+        with leaf.db.open("r+b") as file:
+            file.seek(page)
+            file.write(b"\xff" * 4096)
+        churn(hub, MORE_THAN_THE_STREAM_MB)
+        good = save(hub)
+        begun = len(leaf.log_text())
+        leaf.start()
+        eventually(lambda: f"this node's database {leaf.db} is damaged" in reasons(leaf), 30, "it says so")
+        assert (leaf.status() or {})["status"] == "unhealthy"
+        time.sleep(5)
+        text = leaf.log_text()[begun:]
+        assert text.count("fetching a snapshot") == 1
+        assert text.count("database is damaged; it cannot catch up") == 1
+        assert "another one is used" not in text
+        assert (hub.status() or {})["snapshot"]["id"] == good, "nobody took another one"
+        leaf.stop()
+        for path in leaf.folder.glob("app.db*"):
+            path.unlink()
+        leaf.start()
+        eventually(leaf.db.exists, 30, "a new database")
+        cluster.wait_settled(30)
+        assert leaf.execute("SELECT count(*) FROM item") == [(2000,)]
+        assert (leaf.status() or {})["status"] == "healthy"

@@ -41,6 +41,16 @@ def test_the_version_is_one() -> None:
     assert toml.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == __version__
 
 
+def test_who_made_it_is_the_same_everywhere() -> None:
+    [author] = toml.loads((ROOT / "pyproject.toml").read_text())["project"]["authors"]
+    name = author["name"]
+    [maintainer] = re.findall(r"^Maintainer: (.*)$", (DEBIAN / "control").read_text(), re.MULTILINE)
+    [entry] = re.findall(r"^ -- (.*)  ", (DEBIAN / "changelog").read_text(), re.MULTILINE)
+    assert maintainer == entry and maintainer.startswith(f"{name} <")
+    for file in (ROOT / "LICENSE", DEBIAN / "copyright"):
+        assert re.search(rf"^Copyright\W.*2026 {re.escape(name)}$", file.read_text(), re.MULTILINE), file
+
+
 def test_what_is_downloaded_is_pinned() -> None:
     assert [len(hashes) for hashes in locked("python.lock").values()] == [1, 1]
     (server,) = locked("nats-server.lock").values()

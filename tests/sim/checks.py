@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import apsw
 
-from harmonylite.model import UNVERSIONED, Group
+from harmonylite.model import UNVERSIONED, Group, Version
 from tests.sim.history import SetClock
 from tests.sim.observe import Conflict, conflicts_of
 from tests.sim.reference import (
@@ -19,6 +19,7 @@ from tests.sim.reference import (
     Place,
     RowWrite,
     Violation,
+    changes_of,
     honest_outcome,
     last_writer_wins,
     rows_of,
@@ -35,10 +36,11 @@ _INCREMENTS_MS = 1_000
 
 def check_all(world: World) -> None:
     """Every property of the end state. Raises Violation."""
-    states = [node.observe() for node in world.nodes]
-    for node, state in zip(world.nodes, states, strict=True):
+    nodes = world.living()
+    states = [node.observe() for node in nodes]
+    for node, state in zip(nodes, states, strict=True):
         _intact(node, state)
-    _identical(world, states)
+    _identical(world, nodes, states)
     final = states[0]
     writes: dict[Place, list[RowWrite]] = defaultdict(list)
     for write in world.writes:
@@ -53,6 +55,7 @@ def check_all(world: World) -> None:
     _transactions_whole(world, writes)
     conflicts = set(_recorded_conflicts(world))
     _clashes_explained(final, conflicts)
+    _clashes_lost_to_newer(world, final)
     _losers_recorded(world, final, known, {row for _, _, row in conflicts})
 
 
@@ -74,10 +77,10 @@ def _intact(node: Node, state: Observed) -> None:
             raise Violation(f"node {node.id}: {table}: {waiting}")
 
 
-def _identical(world: World, states: list[Observed]) -> None:
+def _identical(world: World, nodes: Sequence[Node], states: Sequence[Observed]) -> None:
     """I4: rows and versions are the same on all nodes."""
     first = states[0]
-    for node, state in zip(world.nodes[1:], states[1:], strict=True):
+    for node, state in zip(nodes[1:], states[1:], strict=True):
         for what, mine, theirs in (
             ("row", first.rows, state.rows),
             ("version", first.versions, state.versions),
@@ -88,7 +91,7 @@ def _identical(world: World, states: list[Observed]) -> None:
                 )
                 if mine.get(place) != theirs.get(place) and not forgotten:
                     raise Violation(
-                        f"I4: {what} of {place}: {mine.get(place)} on node {world.nodes[0].id},"
+                        f"I4: {what} of {place}: {mine.get(place)} on node {nodes[0].id},"
                         f" {theirs.get(place)} on node {node.id}"
                     )
 
@@ -146,9 +149,21 @@ def _honest_clocks_predict(world: World, final: Observed) -> None:
     clocks_stepped = any(write.node and write.logged_ms != write.true_ms for write in world.writes)
     if any(world.history.offsets) or clocks_stepped:
         return
+    contested = _contested(world.writes)
     for place, row in honest_outcome(world.writes).items():
-        if TABLES[place[0]].exact and place not in world.revived and final.rows.get(place) != row:
+        known = place not in world.revived and place not in contested
+        if TABLES[place[0]].exact and known and final.rows.get(place) != row:
             raise Violation(f"I5: {place} is {final.rows.get(place)}, the latest write was {row}")
+
+
+def _contested(writes: Sequence[RowWrite]) -> dict[Place, set[RowState | None]]:
+    """Rows of which nodes had different ones before the installation, and nobody wrote another since."""
+    seeds: dict[Place, set[RowState | None]] = defaultdict(set)
+    for write in writes:
+        if not write.node:
+            seeds[write.place].add(write.after)
+    written = {write.place for write in writes if write.node}
+    return {place: rows for place, rows in seeds.items() if len(rows) > 1 and place not in written}
 
 
 def _causality(final: Observed, writes: dict[Place, list[RowWrite]]) -> None:
@@ -211,7 +226,7 @@ def _contents(group: Group) -> set[tuple[Place, RowState | None]]:
 def _recorded_conflicts(world: World) -> Iterator[Conflict]:
     """Every row in a conflict log, those of files that were replaced by a backup among them."""
     yield from world.lost_conflicts
-    for node in world.nodes:
+    for node in world.living():
         yield from conflicts_of(node.application.connection)
 
 
@@ -223,14 +238,43 @@ def _clashes_explained(final: Observed, conflicts: set[Conflict]) -> None:
             raise Violation(f"I10: {place} lost a clash with {version}; no conflict log says so")
 
 
+def _clashes_lost_to_newer(world: World, final: Observed) -> None:
+    """No good row dies: one that was buried by a unique clash met one that is newer, somewhere, some time."""
+    contents: dict[tuple[Place, Version], RowState | None] = {}
+    for received in world.log():
+        contents |= {(each.place, each.effective): each.row for each in changes_of(received, world.tolerance_ms)}
+    for node in world.nodes:
+        contents |= node.reference.contents
+    for place, (version, _) in final.versions.items():
+        row = contents.get((place, version._replace(rank=0)))
+        if version.rank == 0 or row is None:
+            continue
+        table = TABLES[place[0]]
+        if not any(
+            rival is not None and other[:2] >= version[:2] and table.clash(row, rival)
+            for (rival_place, other), rival in contents.items()
+            if rival_place[0] == table.name and rival_place != place
+        ):
+            raise Violation(f"{place}: {row} lost a clash with {version}, and there never was a newer row that clashes")
+
+
 def _losers_recorded(
     world: World, final: Observed, writes: dict[Place, list[RowWrite]], recorded: set[tuple[int, ...]]
 ) -> None:
-    """I10: a row that nobody had seen and replaced, and that is not there, stands in a conflict log."""
+    """I10: a row that nobody had seen and replaced, and that is not there, stands in a conflict log. Not where the log
+    lost a version of the row: who wrote over it says that it had seen that one, and the others never did."""
+    unseen = {change.place for received in world.server.lost for change in changes_of(received, world.tolerance_ms)}
     for place, of_place in writes.items():
+        if place in unseen:
+            continue
         serial = TABLES[place[0]].columns.index("serial")
         replaced = {write.before for write in of_place}
         for write in of_place:
             lost = write.after is not None and write.after != final.rows.get(place) and write.after not in replaced
             if write.node and lost and write.after is not None and (write.after[serial][1],) not in recorded:
                 raise Violation(f"I10: nobody recorded the loss of {write}")
+    for place, rows in _contested(world.writes).items():
+        serial = TABLES[place[0]].columns.index("serial")
+        for row in rows - {final.rows.get(place), None}:
+            if row is not None and (row[serial][1],) not in recorded:
+                raise Violation(f"I10: nobody recorded the loss of {row}, which a node had before the installation")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+from harmonylite.model import Row
 from tests.sim.history import (
     HOUR,
     Absence,
@@ -17,11 +18,13 @@ from tests.sim.history import (
     History,
     Insert,
     Interrupt,
+    Lose,
     Operation,
     Prune,
     Publish,
     Race,
     Rekey,
+    Replace,
     Restore,
     SetClock,
     Start,
@@ -40,11 +43,13 @@ from tests.sim.tables import TABLES, Table, with_needed
 
 HOW = ("reader", "writer", "locked")
 FATES = ("acked", "late", "lost", "hole", "unacked")
+MISFORTUNES = ("backups", "replaced", "lost")
 _PROFILES = ("honest", "honest", "skewed", "skewed", "wild", "forgetful")
 
 
 class Generator:
-    """Makes random histories from a `random.Random`: the same seed, the same history."""
+    """Makes random histories from a `random.Random`: the same seed, the same history. profile: what clocks there are,
+    or, with right ones, one of MISFORTUNES."""
 
     def __init__(
         self, source: random.Random, tables: tuple[str, ...] | None = None, profile: str | None = None
@@ -58,6 +63,12 @@ class Generator:
         self.listeners = 1 if source.random() < 0.15 else 0
         # Whether the log forgets its beginning, so that who was away needs a snapshot.
         self.trims = source.random() < 0.4
+        # What befalls files or logs; two at a time would lose what nobody else has.
+        self.misfortune = ""
+        if self.profile == "honest":
+            self.misfortune = source.choice(("", "backups", "replaced", "lost", "lost"))
+        elif self.profile in MISFORTUNES:
+            self.misfortune, self.profile = self.profile, "honest"
 
     def history(self, length: int | None = None) -> History:
         """One history of about `length` steps."""
@@ -66,6 +77,7 @@ class Generator:
         seeds = tuple(self._insert(self._table()) for _ in range(source.choice((0, 3, 8))))
         offsets = tuple(self._offset() for _ in range(self.nodes))
         opening = self._opening() if source.random() < 0.5 else ()
+        own_seeds = self._own_seeds() if self.profile == "honest" and source.random() < 0.15 else ()
         return History(
             nodes=self.nodes,
             tables=self.tables,
@@ -74,8 +86,10 @@ class Generator:
             shards=self.shards,
             offsets=offsets,
             listeners=self.listeners,
-            time_known=self.profile == "forgetful" or source.random() < 0.8,
+            # Unknown, and read from two streams in any order, a claim that is bounded later may beat the wrong one.
+            time_known=source.random() < 0.8 or self.profile == "forgetful" or self.shards > 1,
             skip_own=source.random() < 0.7,
+            own_seeds=own_seeds,
             group_rows=source.choice((1, 2, 512, 512)),
             retention_ms=10 * HOUR if self.profile == "forgetful" else None,
         )
@@ -85,6 +99,18 @@ class Generator:
         node = self.random.randrange(self.nodes - self.listeners)
         inserts = tuple(self._insert(self._table()) for _ in range(8))
         return (Write(node, inserts), Sync(node), *(Sync(other) for other in range(self.nodes)))
+
+    def _own_seeds(self) -> tuple[tuple[int, Operation], ...]:
+        """Rows that one node has before HarmonyLite is installed; a second one may have another row with that key."""
+        source = self.random
+        seeds: dict[tuple[str, Row], list[tuple[int, Operation]]] = {}
+        for _ in range(5):
+            table, node = self._table(), source.randrange(self.nodes - self.listeners)
+            insert = self._insert(table)
+            same = seeds.setdefault((table.name, insert.key), [])
+            if not same or (len(same) == 1 and table.exact and same[0][0] != node):
+                same.append((node, insert))
+        return tuple(seed for same in seeds.values() for seed in same)
 
     # values and operations
 
@@ -170,8 +196,8 @@ class Generator:
             return self._engine_step(node)
         if kind in ("network", "daemon") and self._may_trim() and source.random() < 0.5:
             return self._trim(node)
-        if kind in ("clock", "wait") and self.profile == "honest" and source.random() < 0.5:
-            return Backup(node) if source.random() < 0.5 else Restore(node)
+        if kind in ("clock", "wait") and self.misfortune and source.random() < 0.5:
+            return self._misfortune(node)
         if kind == "network":
             return Connect(node) if source.random() < 0.5 else Disconnect(node)
         if kind == "daemon":
@@ -189,6 +215,13 @@ class Generator:
             statement = source.choice((0, 2, 5, 12, 30)) + source.randrange(6)
             return Race(self.daemon_step(node), statement, self.write(node))
         return Wait(source.choice((1, 50, 5_000, HOUR)))
+
+    def _misfortune(self, node: int) -> Step:
+        if self.misfortune == "backups":
+            return Backup(node) if self.random.random() < 0.5 else Restore(node)
+        if self.misfortune == "replaced":
+            return Replace(node)
+        return Lose(self.random.choice((1, 1, 2, 5)), recreate=self.random.random() < 0.2)
 
     def _may_trim(self) -> bool:
         """With tombstones that are forgotten, only after an absence: two who were away would not agree on them."""

@@ -177,6 +177,44 @@ class Restore:
 
 
 @dataclass(frozen=True)
+class Lose:
+    """The server loses the power: all are disconnected, and the last `count` messages of each stream are gone although
+    they were acknowledged. recreate: it has lost its streams, and new ones are made. Only where clocks are right: else
+    a version that the stream had bounded would be bounded otherwise when it is published again.
+    """
+
+    count: int
+    recreate: bool = False
+
+
+@dataclass(frozen=True)
+class Replace:
+    """The node's file is gone, and it gets the newest snapshot as its first database, if there is one that the log
+    still continues. Before that it has published everything; `sudden`: it has not, and what only that file held must
+    be in the snapshot. Only where clocks are right, as for `Restore`.
+    """
+
+    node: int
+    sudden: bool = False
+
+
+@dataclass(frozen=True)
+class Perish:
+    """The node is gone for good. What it alone had must be in a snapshot that another node merges later."""
+
+    node: int
+
+
+@dataclass(frozen=True)
+class Join:
+    """A node that has read everything brings in its rows from before the installation: it merges the newest snapshot,
+    or takes the first one. At the end all do.
+    """
+
+    node: int
+
+
+@dataclass(frozen=True)
 class Connect:
     node: int
 
@@ -212,6 +250,13 @@ class Wait:
 
 
 @dataclass(frozen=True)
+class Limit:
+    """From now on the streams hold no group of more than `rows` rows; None: any, as at the end of every history."""
+
+    rows: int | None
+
+
+@dataclass(frozen=True)
 class Interrupt:
     """Run `step` and kill the daemon before its `statement`-th SQL statement (counted from 0), then start it."""
 
@@ -241,6 +286,10 @@ Step = (
     | Trim
     | Backup
     | Restore
+    | Lose
+    | Replace
+    | Perish
+    | Join
     | Absence
     | Connect
     | Disconnect
@@ -248,6 +297,7 @@ Step = (
     | Start
     | SetClock
     | Wait
+    | Limit
     | Interrupt
     | Race
 )
@@ -262,6 +312,7 @@ class History:
     `time_known`: whether the server tells its time, so that a node knows the latest time that it may claim.
     `retention_ms`: after which tombstones are forgotten; None: never. Such a history has no steps in which a node
     publishes while there is something that it has not read for longer than that.
+    `own_seeds`: rows from before the installation that only one node had, with that node.
     `skip_own`: acknowledged messages of the same session are passed over, as the stream's reader does.
     """
 
@@ -274,6 +325,7 @@ class History:
     listeners: int = 0
     time_known: bool = True
     skip_own: bool = True
+    own_seeds: tuple[tuple[int, Operation], ...] = ()
     group_rows: int = 512
     retention_ms: int | None = None
 
@@ -281,10 +333,12 @@ class History:
         head = ", ".join(
             f"{name}={getattr(self, name)!r}"
             for name in self.__dataclass_fields__
-            if name not in ("steps", "seed_rows")
+            if name not in ("steps", "seed_rows", "own_seeds")
         )
         lines = [f"History({head},", "  seed_rows=("]
         lines += [f"    {operation!r}," for operation in self.seed_rows]
+        lines += ["  ),", "  own_seeds=("]
+        lines += [f"    {seed!r}," for seed in self.own_seeds]
         lines += ["  ),", "  steps=("]
         lines += [f"    {step!r}," for step in self.steps]
         return "\n".join([*lines, "  ),", ")"])

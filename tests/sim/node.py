@@ -4,77 +4,72 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
-import apsw
-
+from harmonylite.db.held import HELD, is_held
 from harmonylite.db.outbox import OutgoingGroup
 from harmonylite.db.replica import Replica, ReplicaSettings
-from harmonylite.model import Delivery, Group, Position, ReceivedGroup
-from tests.sim import catchup
+from harmonylite.model import Group
+from tests.sim import catchup, reading
 from tests.sim.application import Application
-from tests.sim.history import Write
+from tests.sim.history import Operation, Write
+from tests.sim.news import News
 from tests.sim.observe import observe
-from tests.sim.reference import Change, Observed, ReferenceNode, RowWrite, Violation, changes_of
+from tests.sim.process import Crash, Process
+from tests.sim.reference import (
+    Change,
+    Observed,
+    ReferenceNode,
+    RowWrite,
+)
 
 if TYPE_CHECKING:
     from tests.sim.world import World
 
-T = TypeVar("T")
-
 # Longer than any history.
 NEVER_MS = 10 * 365 * 86_400_000
-CREATED = "2023-11-14T22:13:20Z"
 # The daemon absorbs again when a write slipped in before the reader was pinned; so often at most in a row here.
 COLLECT_ATTEMPTS = 5
 
 
-class Crash(BaseException):
-    """The daemon is killed here. Not an Exception: nothing in the engine may handle it."""
-
-
-class Node:
+class Node(Process):
     """`index` in the world, `id` in the cluster. `offset_ms`: what its clock shows minus the server's."""
 
     def __init__(self, world: World, index: int, node_id: int) -> None:
+        super().__init__(world.folder / f"node-{index}.db")
         self.world = world
         self.index = index
         self.id = node_id
         history = world.history
         self.offset_ms = history.offsets[index] if history.offsets else 0
         self.listens_only = index >= history.nodes - history.listeners
-        self.path = world.folder / f"node-{index}.db"
         self.online = False
         self._knows_time = False
-        self.dead = False
         # Rows were marked by a merge: their groups are no longer those of the transactions that wrote them.
         self.republishes = False
-        # Groups read and not sent; where more come from; sent ones whose acknowledgement is under way.
+        # Groups read and not sent; where more come from; sent ones whose acknowledgement is under way;
+        # acknowledged ones that did not come back yet.
         self._unsent: deque[OutgoingGroup] = deque()
         self._snapshot: Iterator[OutgoingGroup] | None = None
         self._unacknowledged: deque[tuple[OutgoingGroup, int]] = deque()
+        self._unread: deque[tuple[OutgoingGroup, int]] = deque()
         self._after = 0
+        # Whether held batches are to be tried.
+        self._held_due = False
+        self.news = News()
         # Sequence numbers of own messages that were acknowledged in this session.
-        self._own: set[int] = set()
+        self.own: set[int] = set()
         # The groups of each connection, in the order in which they were sent, whatever became of them.
         self.collected: list[list[Group]] = []
         self.transactions: list[list[RowWrite]] = []
         self.reference = ReferenceNode(node_id, world.tolerance_ms, self.listens_only)
         self.open_application()
-        self._replica: Replica | None = None
-        self._connections: list[apsw.Connection] = []
         self.cursors: dict[int, int] = {}
         self._targets: list[int] = []
-        self._countdown: int | None = None
-        self._race: tuple[int, Write] | None = None
 
     def clock_ms(self) -> int:
         return self.world.server.now_ms + self.offset_ms
-
-    @property
-    def running(self) -> bool:
-        return self._replica is not None
 
     # --- the application ---
 
@@ -84,7 +79,11 @@ class Node:
     def prepare(self) -> None:
         """The schema and the first rows, before HarmonyLite is installed: their rows have no version."""
         self.application.create()
-        for effect in self.application.transaction(self.world.history.seed_rows):
+        self.seed(self.world.history.seed_rows)
+
+    def seed(self, operations: Sequence[Operation]) -> None:
+        """Rows from before the installation."""
+        for effect in self.application.transaction(operations):
             self.world.record(0, 0, effect)
             if effect.after is not None:
                 self.reference.rows[effect.place] = effect.after
@@ -94,6 +93,8 @@ class Node:
         if self.listens_only:
             return
         effects = self.application.transaction(step.operations, commit=step.commit)
+        if step.commit:
+            self.reference.tried(self.clock_ms())
         self.transactions.append([self.world.record(self.id, self.clock_ms(), effect) for effect in effects])
         for write in self.transactions[-1]:
             self.reference.wrote(write)
@@ -110,7 +111,7 @@ class Node:
             tolerance_ms=self.world.tolerance_ms,
             tombstone_retention_ms=self.world.history.retention_ms or NEVER_MS,
         )
-        with self._engine():
+        with self.engine():
             replica = Replica(self.path, settings, self.clock_ms)
             replica.open()
         self._replica = replica
@@ -129,12 +130,8 @@ class Node:
     def bury(self) -> None:
         """What the kernel does for a killed process: its files are closed, open transactions are gone."""
         self.disconnect()
-        self._replica = None
         self._knows_time = False
-        for connection in self._connections:
-            connection.close(True)
-        self._connections.clear()
-        self.dead = False
+        self.close_files()
 
     def remove(self) -> None:
         """The end of the world."""
@@ -153,7 +150,7 @@ class Node:
         self._knows_time = True
         self.reference.heard_server_time(now)
         try:
-            self.call(Replica.server_time, now)
+            self.call(lambda replica: replica.times.server_time(now))
         finally:
             self.reference.follow(self.observe(), (), now, may_clamp=True)
         self.reference.took_server_time(now)
@@ -169,21 +166,21 @@ class Node:
         """Online; from now on the end of the streams, as it is now, must be consumed before publishing."""
         if self.online or self._replica is None:
             return
-        self.online = True
+        self.online = self._held_due = True
         self.collected.append([])
         server = self.world.server
         self._targets = [len(stream) for stream in server.streams]
-        for shard in range(len(server.streams)):
-            self.cursors[shard] = catchup.stored_position(self, shard)
         self.learn_time()
-        catchup.bridge(self)
+        if not catchup.bridge(self):
+            self.disconnect()
 
     def disconnect(self) -> None:
         """The connection is gone, and with it everything that was under way."""
         self.online = False
         self._unsent.clear()
         self._unacknowledged.clear()
-        self._own.clear()
+        self._unread.clear()
+        self.own.clear()
         self._after = 0
         self._let_go()
 
@@ -211,9 +208,12 @@ class Node:
         """Pending rows become groups to be sent, if this node may publish now and has sent all before."""
         if not self.online or self.listens_only or self.has_groups() or not self.caught_up():
             return
+        self.news.collected()
+        if self._collect_held():
+            return
         for _ in range(COLLECT_ATTEMPTS):
             if how == "locked":
-                self._unsent.extend(self.call(Replica.outgoing_locked, self._after, self.bound_ms()))
+                self._unsent.extend(self._locked())
                 self.follow()
                 return
             self.absorb()
@@ -221,9 +221,39 @@ class Node:
             if groups is not None:
                 return
 
+    def _collect_held(self) -> bool:
+        """Whether what is held is tried again."""
+        limit = self.world.server.max_rows
+        if limit is not None and any(rows <= limit for rows in self.held().values()):
+            self._held_due = True
+        groups = self.call(lambda replica: replica.outgoing.read(HELD)) if self._held_due else None
+        if groups is not None:
+            self._unsent.extend(self.call(lambda _: list(groups)))
+            self._held_due = False
+        return bool(self._unsent)
+
+    def limit_changed(self) -> None:
+        """The stream may hold what it refused."""
+        if self._replica is not None:
+            self._held_due = True
+            self.call(lambda replica: replica.outgoing.keep_together())
+
+    def held(self) -> dict[int, int]:
+        """Held batches with their numbers of rows."""
+        return self.call(lambda replica: replica.outgoing.held())
+
+    def waits(self) -> bool:
+        """Whether anything is pending that is not held."""
+        pending: int = self.call(lambda replica: replica.pending(held=False))
+        return pending > 0
+
+    def _locked(self) -> list[OutgoingGroup]:
+        bound_ms = self.bound_ms()
+        return self.call(lambda replica: replica.outgoing.read_locked(self._after, bound_ms))
+
     def _outgoing(self, on_writer: bool) -> Iterator[OutgoingGroup] | None:
         groups: Iterator[OutgoingGroup] | None = self.call(
-            lambda replica: replica.outgoing(self._after, on_writer=on_writer)
+            lambda replica: replica.outgoing.read(self._after, on_writer=on_writer)
         )
         if on_writer and groups is not None:
             self._unsent.extend(self.call(lambda _: list(groups)))
@@ -255,10 +285,16 @@ class Node:
             outgoing.append(group)
         shard = self.index % self.world.history.shards
         for place, group in enumerate(outgoing):
+            if not self.world.server.holds(group.group):
+                if self._refused(group):
+                    break
+                continue
             if not self.republishes:
                 self.collected[-1].append(group.group)
             self.reference.sends(group.group, self.world.server.now_ms)
-            self._after = max(self._after, group.through)
+            self.news.check(self.id, group.group)
+            if not is_held(group.through):
+                self._after = max(self._after, group.through)
             lost = (fate == "lost" and place == len(outgoing) - 1) or (fate == "hole" and place == 0)
             if not lost:
                 self._unacknowledged.append((group, self.world.server.store(shard, group.group)))
@@ -273,136 +309,59 @@ class Node:
             self.disconnect()
         return bool(outgoing)
 
+    def _refused(self, group: OutgoingGroup) -> bool:
+        """A group is too large for its stream: one transaction is held, several are cut. Whether everything that comes
+        after those is collected again."""
+        self.republishes = True
+        if group.span.lo == group.span.hi:
+            self._after = max(self._after, 0 if is_held(group.through) else group.through)
+            self.call(lambda replica: replica.outgoing.hold(group.span.hi))
+            return False
+        self.call(lambda replica: replica.outgoing.keep_apart(group.span.lo, group.span.hi))
+        self._unsent.clear()
+        self._let_go()
+        self._after = group.span.lo - 1
+        return True
+
     def _acknowledge(self) -> None:
         """All acknowledgements that are under way arrive, in order."""
         while self._unacknowledged:
             group, sequence = self._unacknowledged.popleft()
-            self._own.add(sequence)
-            self.call(Replica.mark_published, group.through)
+            self.own.add(sequence)
+            self._unread.append((group, sequence))
+        self.read_back()
+
+    def read_back(self) -> None:
+        """A group counts as published once this node has read it in its place: then no position is stored from before
+        it, which would pass the gap test when the log has lost it."""
+        position = self.cursors.get(self.index % self.world.history.shards, 0)
+        while self._unread and self._unread[0][1] <= position:
+            group, _ = self._unread.popleft()
+            self.published(group.through)
+
+    def published(self, through: int) -> None:
+        """The stream has everything up to a batch, or a held batch."""
+
+        def done(replica: Replica) -> None:
+            outgoing = replica.outgoing
+            (outgoing.release if is_held(through) else outgoing.mark_published)(through)
+
+        self.call(done)
 
     def deliver(self, shard: int, count: int, again: int = 0) -> bool:
         """Apply the next messages of a stream, old ones again before them. Whether there were new ones."""
-        if not self.online:
-            return False
-        catchup.bridge(self)
-        stream = self.world.server.streams[shard]
-        cursor = self.cursors[shard]
-        new = stream[cursor : cursor + count]
-        received = stream[max(self.world.server.firsts[shard] - 1, cursor - again) : cursor] + [
-            each for each in new if not self._may_skip(shard, each)
-        ]
-        end = cursor + len(new)
-        if received:
-            self._apply(shard, received, end)
-        elif new:
-            self.call(Replica.note_position, self._position(shard, end))
-            self.cursors[shard] = end
-        return bool(received)
+        return reading.deliver(self, shard, count, again)
 
     def consume(self) -> bool:
         """Apply everything there is. Whether there was anything."""
-        applied = [self.deliver(shard, 1_000_000) for shard in range(len(self.world.server.streams))]
-        if catchup.at_the_end(self):
-            self.call(Replica.note_synced, self.world.server.now_ms)
-        return any(applied)
-
-    def _apply(self, shard: int, received: Sequence[ReceivedGroup], end: int) -> None:
-        position = self._position(shard, end)
-        tolerance = self.world.tolerance_ms
-        changes = [change for each in received for change in changes_of(each, tolerance)]
-        try:
-            self.call(Replica.apply, Delivery(position, tuple(received)), self.bound_ms())
-        except Crash:
-            took_effect = self.observe().sequences.get(position.stream, 0) == end > self.cursors[shard]
-            self.follow(changes if took_effect else ())
-            raise
-        self.cursors[shard] = end
-        self.follow(changes)
-        if (stored := self.observe().sequences.get(position.stream)) != end:
-            raise Violation(f"I3: node {self.id} applied up to {end}, its stored position is {stored}")
+        return reading.consume(self)
 
     def follow(self, changes: Iterable[Change] = ()) -> None:
         """The reference takes `changes` for what took effect since it was last asked."""
         self.reference.follow(self.observe(), changes, self.world.server.now_ms)
 
-    def _may_skip(self, shard: int, received: ReceivedGroup) -> bool:
-        """Whether a message is this session's own, with nothing in it that the stream's time bounds."""
-        own = shard == self.index % self.world.history.shards and received.sequence in self._own
-        changes = changes_of(received, self.world.tolerance_ms)
-        return self.world.history.skip_own and own and all(each.effective == each.claimed for each in changes)
-
-    def _position(self, shard: int, end: int) -> Position:
-        """After message `end` of a stream; 0: before the first."""
-        stream = self.world.server.streams[shard]
-        stored_ns = stream[end - 1].stored_ms * 1_000_000 if end else 0
-        return Position(self.stream(shard), CREATED, end, stored_ns)
-
     def stream(self, shard: int) -> str:
-        return f"changes-{shard + 1}"
-
-    # --- engine calls, crashes and races ---
-
-    def call(self, method: Callable[..., T], *arguments: object) -> T:
-        assert self._replica is not None
-        with self._engine():
-            return method(self._replica, *arguments)
-
-    @contextlib.contextmanager
-    def _engine(self) -> Iterator[None]:
-        """Connections that are opened inside are the daemon's: traced, and on this node's clock."""
-        apsw.connection_hooks.append(self._adopt)
-        try:
-            yield
-        finally:
-            apsw.connection_hooks.remove(self._adopt)
-
-    def _adopt(self, connection: apsw.Connection) -> None:
-        self._connections.append(connection)
-        self.application.set_clock(connection)
-        connection.exec_trace = self._before_statement
-
-    def _before_statement(self, cursor: object, sql: str, bindings: object) -> bool:
-        if self._countdown is not None:
-            self._countdown -= 1
-            if self._countdown < 0:
-                self.dead = True
-                raise Crash
-        if self._race is not None:
-            remaining, write = self._race
-            if remaining > 0:
-                self._race = (remaining - 1, write)
-            else:
-                with contextlib.suppress(apsw.BusyError):
-                    self._write_in_race(write)
-        return True
-
-    def _write_in_race(self, write: Write) -> None:
-        self._race = None
-        try:
-            self.write(write)
-        except apsw.BusyError:
-            self._race = (0, write)
-            raise
-
-    @contextlib.contextmanager
-    def dying_at(self, statement: int) -> Iterator[None]:
-        """Inside, the engine is killed before its `statement`-th statement."""
-        self._countdown = statement
-        try:
-            yield
-        finally:
-            self._countdown = None
-
-    @contextlib.contextmanager
-    def racing(self, statement: int, write: Write) -> Iterator[None]:
-        """Inside, the application commits `write` before the engine's `statement`-th statement, or afterwards."""
-        self._race = (statement, write)
-        try:
-            yield
-        finally:
-            race, self._race = self._race, None
-        if race is not None:
-            self.write(race[1])
+        return self.world.server.name(shard)
 
     def observe(self) -> Observed:
         """The node's database as it is."""

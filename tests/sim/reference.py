@@ -136,12 +136,16 @@ class ReferenceNode:
     floor_ms: int = 0
     contents: dict[tuple[Place, Version], RowState | None] = field(default_factory=dict)
 
+    def tried(self, logged_ms: int) -> None:
+        """The application committed: also a statement that wrote nothing (OR IGNORE) leaves a time in the log."""
+        self.newest_own_ms = max(self.newest_own_ms, logged_ms)
+
     def wrote(self, write: RowWrite) -> None:
         """The application of this node committed `write`."""
         self.newest_own_ms = max(self.newest_own_ms, write.logged_ms)
         claims = max(write.logged_ms, self.floor_ms)
-        if TABLES[write.place[0]].silent and write.before is None:
-            self.dirty.pop(write.place, None)  # how it went left no trace, now that it is there again
+        if TABLES[write.place[0]].unique and write.before is None:
+            self.dirty.pop(write.place, None)  # if it was evicted that left no trace, or a guess: it is there again
         known = self.dirty.setdefault(write.place, _Dirty(claims))
         known.newest_ms = max(known.newest_ms, claims)
         if write.after is None:
@@ -241,6 +245,11 @@ class ReferenceNode:
         if after != UNVERSIONED and deleted != (row is None):
             raise Violation(f"{place}: marked deleted={deleted}, the row is {row}")
         best = self._best(before, row_before, arrived, adopt=not absorbed)
+        if not absorbed and arrived and before == after == best[0] == UNVERSIONED:
+            # Rows from before the installation: the content decides, and all nodes must agree in the end.
+            if row not in {row_before, *(change.row for change in arrived)} - {None}:
+                raise Violation(f"{place}: {row_before} without a version became {row}")
+            return
         if absorbed:
             own = self._own_bounds(place, before, now_ms, may_clamp)
             buried = table.unique and after.rank == 1

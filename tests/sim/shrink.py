@@ -35,6 +35,8 @@ def _smaller(history: History) -> Iterator[History]:
         yield replace(history, seed_rows=())
     for seeds in _without_parts(history.seed_rows):
         yield replace(history, seed_rows=seeds)
+    for own_seeds in _without_parts(history.own_seeds):
+        yield replace(history, own_seeds=own_seeds)
     if any(history.offsets):
         yield replace(history, offsets=(0,) * history.nodes)
     plain = {"shards": 1, "listeners": 0, "group_rows": 512, "time_known": True, "skip_own": False}

@@ -1,6 +1,8 @@
-"""The simulation would notice: each rule of mutations.py, broken on purpose, makes a history fail."""
+"""The simulation would notice: each rule of mutations/, broken on purpose, makes a history fail."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,11 @@ from tests.sim.mutations import MUTATIONS
 def test_the_edits_fit_the_code(mutation: Mutation) -> None:
     with broken(mutation):
         pass
+
+
+def test_the_documentation_lists_every_rule() -> None:
+    text = Path(__file__).parents[2].joinpath("docs/simulation.md").read_text()
+    assert [mutation.rule for mutation in MUTATIONS if f"\n- {mutation.rule}\n" not in text] == []
 
 
 @pytest.mark.slow

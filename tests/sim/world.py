@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from harmonylite import wire
-from harmonylite.model import Group, ReceivedGroup
+from harmonylite.model import ReceivedGroup
 from tests.sim import backups, catchup, checks
 from tests.sim.application import Effect
 from tests.sim.backups import SavedNode
@@ -28,9 +27,14 @@ from tests.sim.history import (
     Disconnect,
     History,
     Interrupt,
+    Join,
+    Limit,
+    Lose,
+    Perish,
     Prune,
     Publish,
     Race,
+    Replace,
     Restore,
     SetClock,
     Start,
@@ -41,34 +45,17 @@ from tests.sim.history import (
     Wait,
     Write,
 )
-from tests.sim.node import Crash, Node
-from tests.sim.observe import Conflict
+from tests.sim.node import Node
+from tests.sim.observe import Conflict, conflicts_of
+from tests.sim.process import Crash
 from tests.sim.reference import Place, RowWrite, Violation
+from tests.sim.server import Server
 
 TOLERANCE_MS = 60_000
-START_MS = 1_700_000_000_000
 # Node ids are not in the order of the nodes, and one has all its bits.
 NODE_IDS = (7, 3, 2**63 - 1, 11, 1)
 # Clash tombstones of one round are news in the next; more rounds than this are a loop.
 MAX_ROUNDS = 40
-
-
-class Server:
-    """JetStream as the replicas see it: numbered messages with the time they were stored."""
-
-    def __init__(self, shards: int) -> None:
-        self.now_ms = START_MS
-        # Everything that was ever stored, and the number of the first message that is still to be had.
-        self.streams: list[list[ReceivedGroup]] = [[] for _ in range(shards)]
-        self.firsts = [1] * shards
-
-    def store(self, shard: int, group: Group) -> int:
-        """Append a group, as it comes out of its encoding. Returns its sequence number."""
-        self.now_ms += 1
-        stream = self.streams[shard]
-        encoded = wire.encode_group(group, compress=len(stream) % 2 == 0)
-        stream.append(ReceivedGroup(wire.decode_group(encoded), len(stream) + 1, self.now_ms))
-        return len(stream)
 
 
 class World:
@@ -82,6 +69,7 @@ class World:
         self.snapshots: list[Snapshot] = []
         self.backups: dict[int, SavedNode] = {}
         self.lost_conflicts: list[Conflict] = []
+        self.gone: set[int] = set()
         # Rows that were written by who was away so long that their later deletion is forgotten.
         self.revived: set[Place] = set()
         self.step_number = 0
@@ -92,6 +80,9 @@ class World:
         for node in self.nodes:
             self._serial = 0  # the same first rows everywhere
             node.prepare()
+        self._serial = len(self.writes)
+        for index, operation in history.own_seeds:
+            self.nodes[index].seed((operation,))
 
     def __enter__(self) -> World:
         return self
@@ -99,7 +90,7 @@ class World:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for node in self.nodes:
+        for node in self.living():
             node.remove()
         shutil.rmtree(self.folder)
 
@@ -130,8 +121,11 @@ class World:
 
     def start(self) -> None:
         """All daemons up."""
-        for node in self.nodes:
+        for node in self.living():
             node.start()
+
+    def living(self) -> list[Node]:
+        return [node for node in self.nodes if node.index not in self.gone]
 
     def do(self, step: Step) -> None:
         """One step. A step that is impossible now (a node offline, a daemon stopped) does nothing."""
@@ -144,6 +138,9 @@ class World:
             self.server.now_ms += 1
 
     def _do(self, step: Step) -> None:
+        of_node = step.step if isinstance(step, (Interrupt, Race)) else step
+        if getattr(of_node, "node", None) in self.gone:
+            return
         if isinstance(step, Wait):
             self.server.now_ms += step.milliseconds
         elif isinstance(step, Write):
@@ -154,6 +151,14 @@ class World:
             self.backups[step.node] = backups.save(self.nodes[step.node], self.folder / f"backup-{step.node}.db")
         elif isinstance(step, Restore):
             self._restore(self.nodes[step.node])
+        elif isinstance(step, Replace):
+            self._replace(self.nodes[step.node], step.sudden)
+        elif isinstance(step, Perish):
+            self._perish(self.nodes[step.node])
+        elif isinstance(step, Lose):
+            self._lose(step)
+        elif isinstance(step, Limit):
+            self._limit(step.rows)
         elif isinstance(step, SetClock):
             self.nodes[step.node].offset_ms = step.offset_ms
         elif isinstance(step, Interrupt):
@@ -165,7 +170,8 @@ class World:
             self._daemon_step(step)
 
     def _daemon_step(
-        self, step: Absorb | Collect | Publish | Deliver | Sync | Prune | Trim | Connect | Disconnect | Stop | Start
+        self,
+        step: Absorb | Collect | Publish | Deliver | Sync | Prune | Trim | Join | Connect | Disconnect | Stop | Start,
     ) -> None:
         node = self.nodes[step.node]
         if isinstance(step, Start):
@@ -188,6 +194,8 @@ class World:
             node.prune()
         elif isinstance(step, Trim):
             self.trim(node, step.keep)
+        elif isinstance(step, Join):
+            catchup.join(node)
         elif isinstance(step, Disconnect):
             node.disconnect()
         else:
@@ -195,12 +203,16 @@ class World:
 
     def trim(self, node: Node, keep: int) -> None:
         """`node` takes a snapshot, if it may, and the log forgets what is older, but for `keep` messages."""
+        if self.snapshot(node):
+            for shard in range(self.history.shards):
+                self.server.trim(shard, keep)
+
+    def snapshot(self, node: Node) -> bool:
+        """`node` takes one, if it may."""
         snapshot = catchup.take(node, self.folder / f"snapshot-{len(self.snapshots)}.db")
         if snapshot is not None:
             self.snapshots.append(snapshot)
-            for shard, first in enumerate(self.server.firsts):
-                end = len(self.server.streams[shard])
-                self.server.firsts[shard] = max(first, end + 1 - keep)
+        return snapshot is not None
 
     def _interrupt(self, step: Interrupt) -> None:
         node = self.nodes[step.step.node]
@@ -216,7 +228,7 @@ class World:
         """Time passes for all but one node."""
         absent = self.nodes[step.node]
         absent.disconnect()
-        others = [node for node in self.nodes if node is not absent and node.running]
+        others = [node for node in self.living() if node is not absent and node.running]
         for wait_ms in (0, 2 * (self.history.retention_ms or 0)):
             self.server.now_ms += wait_ms
             for _ in range(3):
@@ -230,19 +242,66 @@ class World:
 
     def _restore(self, node: Node) -> None:
         saved = self.backups.get(node.index)
-        if saved is None or not node.running:
+        if saved is not None and node.running and self._publish_all(node):
+            backups.restore(node, saved)
+            node.start()
+            # Before the application writes again: nobody can tell that a node has not seen its own lost write.
+            self._sync(node)
+
+    def _publish_all(self, node: Node) -> bool:
+        """Whether everybody can know all that this node knows."""
+        return any(not (self._sync(node) or self._joins(node)) for _ in range(MAX_ROUNDS)) and not node.held()
+
+    def _joins(self, node: Node) -> bool:
+        return bool(self.history.own_seeds) and catchup.join(node)
+
+    def _replace(self, node: Node, sudden: bool) -> None:
+        usable = [each for each in self.snapshots if each.is_usable(self.server, {})]
+        if usable and node.running and (sudden or self._publish_all(node)):
+            backups.replace(node, usable[-1])
+            node.start()
+            self._sync(node)
+
+    def _perish(self, node: Node) -> None:
+        node.stop()
+        self.lost_conflicts += conflicts_of(node.application.connection)
+        node.remove()
+        self.gone.add(node.index)
+
+    def _lose(self, step: Lose) -> None:
+        for node in self.living():
+            node.disconnect()
+        for shard in range(self.history.shards):
+            if step.recreate:
+                self.server.recreate(shard)
+            else:
+                self.server.lose(shard, step.count)
+
+    def _limit(self, rows: int | None) -> None:
+        self.server.max_rows = rows
+        for node in self.living():
+            node.limit_changed()
+
+    def _lift_limit(self) -> None:
+        """The streams hold everything again. Before, whatever fits was published: nothing waits for what does not."""
+        if self.server.max_rows is None:
             return
-        for _ in range(MAX_ROUNDS):
-            if not self._sync(node):
-                backups.restore(node, saved)
-                node.start()
-                # Before the application writes again: nobody can tell that a node has not seen its own lost write.
-                self._sync(node)
-                return
+        for node in self.living():
+            node.disconnect()
+        self._exchange()
+        for node in self.living():
+            held = node.held()
+            if node.waits() and not node.listens_only:
+                raise Violation(f"node {node.id} has not published all that its stream can hold; held: {held}")
+            if held and min(held.values()) <= self.server.max_rows:
+                raise Violation(f"node {node.id} holds what its stream could hold: {held}")
+        self._limit(None)
 
     def _sync(self, node: Node) -> bool:
-        """Whether anything was applied or published."""
+        """Whether anything was applied or published, or the node has to wait for another."""
         node.connect()
+        if not node.online:
+            return True
         node.learn_time()
         busy = node.consume()
         busy = node.publish(1_000_000) or busy
@@ -253,19 +312,23 @@ class World:
     def settle(self) -> None:
         """Everything runs and is connected until nobody has anything to say; then the final checks."""
         self.start()
-        for _ in range(MAX_ROUNDS):
-            self.server.now_ms += 1
-            busy = [self._sync(node) for node in self.nodes]
-            if not any(busy):
-                break
-        else:
-            raise Violation(f"I4: nodes still have something to say after {MAX_ROUNDS} rounds")
+        self._lift_limit()
+        self._exchange()
         checks.check_all(self)
 
+    def _exchange(self) -> None:
+        """Until nobody has anything to say."""
+        for _ in range(MAX_ROUNDS):
+            self.server.now_ms += 1
+            busy = [self._sync(node) for node in self.living()]
+            busy += [self._joins(node) for node in self.living()]
+            if not any(busy):
+                return
+        raise Violation(f"I4: nodes still have something to say after {MAX_ROUNDS} rounds")
+
     def log(self) -> Iterator[ReceivedGroup]:
-        """Every message of every stream."""
-        for stream in self.server.streams:
-            yield from stream
+        """Every message that a stream ever had."""
+        yield from self.server.log()
 
 
 class HistoryFailed(AssertionError):  # noqa: N818

@@ -11,6 +11,7 @@ import nats.errors
 import pytest
 from nats.aio.client import Client
 
+from harmonylite import clock
 from harmonylite.config.model import Config, Snapshot, SnapshotFile, SnapshotNats, SnapshotS3
 from harmonylite.config.values import Secret
 from harmonylite.snapshot.manifest import Manifest
@@ -63,7 +64,8 @@ class Pair:
 
     def __init__(self, folder: Path, *, retain: int = 3) -> None:
         self.first, self.second = Breakable(folder / "first"), Breakable(folder / "second")
-        self.store = MirroredStore(self.first, self.second, retain=retain)
+        self.from_second: list[bool] = []
+        self.store = MirroredStore(self.first, self.second, retain=retain, listed=self.from_second.append)
         self.source, self.target, self.work = folder / "source", folder / "target", folder / "work"
         self.work.mkdir()
         self.manifest = snapshot(self.source, 2 * MIB)
@@ -74,6 +76,20 @@ def in_both(scenario: Callable[[Pair], Awaitable[None]], folder: Path, *, retain
         await scenario(Pair(folder, retain=retain))
 
     asyncio.run(run())
+
+
+def test_it_is_told_where_the_listed_ones_are(tmp_path: Path) -> None:
+    async def scenario(pair: Pair) -> None:
+        assert await pair.store.list() == []
+        await pair.second.upload(pair.manifest, pair.source)
+        assert await pair.store.list() == [pair.manifest]
+        await pair.store.upload(pair.manifest, pair.source)
+        assert await pair.store.list() == [pair.manifest]
+        pair.first.reachable = False
+        assert await pair.store.list() == [pair.manifest]
+        assert pair.from_second == [False, True, False, True]
+
+    in_both(scenario, tmp_path)
 
 
 def test_the_mirror_gets_what_it_lacks_and_keeps_as_many(tmp_path: Path) -> None:
@@ -90,6 +106,38 @@ def test_the_mirror_gets_what_it_lacks_and_keeps_as_many(tmp_path: Path) -> None
         assert await pair.store.mirror(pair.work) == [newer.id]
         assert await pair.second.list() == [newer, *manifests[:2]]
         assert list(pair.work.iterdir()) == []
+
+    in_both(scenario, tmp_path)
+
+
+def test_a_snapshot_from_the_future_keeps_no_good_one_out_of_the_mirror(tmp_path: Path) -> None:
+    """A server dated it whose clock was ahead."""
+
+    async def scenario(pair: Pair) -> None:
+        future = like(pair.manifest, age=-73 * 365 * 86_400)
+        await pair.store.upload(future, pair.source)
+        assert await pair.store.mirror(pair.work) == [future.id]
+        for age in (9, 1):
+            good = like(pair.manifest, age=age)
+            await pair.store.upload(good, pair.source)
+            assert await pair.store.mirror(pair.work) == [good.id]
+            assert await pair.second.list() == [good]
+            assert await pair.store.mirror(pair.work) == []
+
+    in_both(scenario, tmp_path, retain=1)
+
+
+def test_a_machine_whose_clock_is_behind_mirrors_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has none that runs while it is off; the server's clock, which dates snapshots, is known."""
+
+    async def scenario(pair: Pair) -> None:
+        known_ms = clock.wall_ms()
+        monkeypatch.setattr(clock, "wall_ms", lambda: known_ms - 5 * 86_400_000)
+        store = MirroredStore(pair.first, pair.second, retain=1, now_ms=lambda: known_ms)
+        await pair.second.upload(like(pair.manifest, age=6 * 86_400), pair.source)
+        await pair.first.upload(pair.manifest, pair.source)
+        assert await store.mirror(pair.work) == [pair.manifest.id]
+        assert await pair.second.list() == [pair.manifest]
 
     in_both(scenario, tmp_path)
 
@@ -242,4 +290,4 @@ def test_an_empty_bucket_name_is_the_default() -> None:
     config = Config(snapshot=Snapshot(store="s3", s3=SnapshotS3(bucket="b", access_key=Secret("k"))))
     assert open_store(config, no_client, SETTINGS) is not None
     named = open_store(Config(snapshot=Snapshot(nats=SnapshotNats(bucket=""))), no_client, SETTINGS)
-    assert named._stream._name == "harmonylite-snapshots"  # type: ignore[attr-defined]
+    assert named._store._stream._name == "harmonylite-snapshots"  # type: ignore[attr-defined]

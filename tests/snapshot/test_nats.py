@@ -79,6 +79,17 @@ def opened(
     return NatsStore(stream, patience_s=patience_s, abandoned_s=abandoned_s), stream
 
 
+def on_server(folder: Path, scenario: Callable[[Client], Awaitable[None]]) -> None:
+    """With one server, and a client of it."""
+
+    async def run() -> None:
+        async with client(server.url) as connection:
+            await scenario(connection)
+
+    with single_server(folder / "server") as server:
+        asyncio.run(run())
+
+
 async def messages(connection: Client, settings: LogSettings = SETTINGS) -> int:
     info = await api_request(connection, settings, f"STREAM.INFO.{STREAM}")
     return int(info["state"]["messages"])
@@ -129,26 +140,24 @@ def test_what_was_uploaded_is_listed_newest_first_and_comes_back(tmp_path: Path,
 
 
 def test_a_cancelled_upload_is_not_listed_and_is_resumed(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with client(server.url) as connection:
-            store, _ = opened(connection)
-            manifest = snapshot(source, 20 * MIB)
-            await cancelled_at(lambda progress: store.upload(manifest, source, progress), 5 * MIB)
-            assert await store.list() == []
-            stored = await messages(connection) - 1
-            assert 5 * MIB <= stored * CHUNK_BYTES < 20 * MIB
-            again, stream = opened(connection)
-            progress = Recorded()
-            await again.upload(manifest, source, progress)
-            assert progress.first == stored * CHUNK_BYTES
-            assert stream.chunks(stream.sent) == 20 * MIB // CHUNK_BYTES - stored
-            assert await again.list() == [manifest]
-            await again.download(manifest, tmp_path / "target")
-            assert await messages(connection) == 20 * MIB // CHUNK_BYTES + 1
+    async def scenario(connection: Client) -> None:
+        store, _ = opened(connection)
+        manifest = snapshot(source, 20 * MIB)
+        await cancelled_at(lambda progress: store.upload(manifest, source, progress), 5 * MIB)
+        assert await store.list() == []
+        stored = await messages(connection) - 1
+        assert 5 * MIB <= stored * CHUNK_BYTES < 20 * MIB
+        again, stream = opened(connection)
+        progress = Recorded()
+        await again.upload(manifest, source, progress)
+        assert progress.first == stored * CHUNK_BYTES
+        assert stream.chunks(stream.sent) == 20 * MIB // CHUNK_BYTES - stored
+        assert await again.list() == [manifest]
+        await again.download(manifest, tmp_path / "target")
+        assert await messages(connection) == 20 * MIB // CHUNK_BYTES + 1
 
     source = tmp_path / "source"
-    with single_server(tmp_path / "server") as server:
-        asyncio.run(scenario())
+    on_server(tmp_path, scenario)
 
 
 def test_an_upload_goes_on_over_the_death_of_the_hub(tmp_path: Path) -> None:
@@ -203,116 +212,106 @@ def test_a_hub_that_stays_away_ends_a_transfer_in_bounded_time(tmp_path: Path) -
 
 
 def test_a_broken_download_is_resumed(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with client(server.url) as connection:
-            store, stream = opened(connection)
-            manifest = snapshot(source, 20 * MIB + 5)
-            await store.upload(manifest, source)
-            await cancelled_at(lambda progress: store.download(manifest, target, progress), 5 * MIB)
-            kept = target.stat().st_size
-            assert 5 * MIB <= kept < 20 * MIB
-            with target.open("ab") as file:
-                file.write(b"torn")  # less than a chunk
-            stream.fetched.clear()
-            progress = Recorded()
-            await store.download(manifest, target, progress)
-            assert progress.first == kept
-            assert stream.chunks(stream.fetched) == 20 * MIB // CHUNK_BYTES + 1 - kept // CHUNK_BYTES
-            assert target.read_bytes() == source.read_bytes()
+    async def scenario(connection: Client) -> None:
+        store, stream = opened(connection)
+        manifest = snapshot(source, 20 * MIB + 5)
+        await store.upload(manifest, source)
+        await cancelled_at(lambda progress: store.download(manifest, target, progress), 5 * MIB)
+        kept = target.stat().st_size
+        assert 5 * MIB <= kept < 20 * MIB
+        with target.open("ab") as file:
+            file.write(b"torn")  # less than a chunk
+        stream.fetched.clear()
+        progress = Recorded()
+        await store.download(manifest, target, progress)
+        assert progress.first == kept
+        assert stream.chunks(stream.fetched) == 20 * MIB // CHUNK_BYTES + 1 - kept // CHUNK_BYTES
+        assert target.read_bytes() == source.read_bytes()
 
     source, target = tmp_path / "source", tmp_path / "target"
-    with single_server(tmp_path / "server") as server:
-        asyncio.run(scenario())
+    on_server(tmp_path, scenario)
 
 
 @pytest.mark.parametrize("damage", ["flipped", "short chunk", "missing chunk"])
 def test_a_damaged_object_is_detected_and_the_copy_removed(tmp_path: Path, damage: str) -> None:
-    async def scenario() -> None:
-        async with client(server.url) as connection:
-            store, stream = opened(connection)
-            manifest = snapshot(source, MIB)
-            await store.upload(manifest, source)
-            tail = f"chunk.{manifest.id}.0.3"
-            if damage == "missing chunk":
-                await stream.remove(tail)
-            else:
-                await stream.put(tail, os.urandom(CHUNK_BYTES - (damage == "short chunk")))
-            with pytest.raises(CorruptSnapshot) as caught:
-                await store.download(manifest, target)
-            assert "\n" not in str(caught.value)
-            assert not target.exists()
+    async def scenario(connection: Client) -> None:
+        store, stream = opened(connection)
+        manifest = snapshot(source, MIB)
+        await store.upload(manifest, source)
+        tail = f"chunk.{manifest.id}.0.3"
+        if damage == "missing chunk":
+            await stream.remove(tail)
+        else:
+            await stream.put(tail, os.urandom(CHUNK_BYTES - (damage == "short chunk")))
+        with pytest.raises(CorruptSnapshot) as caught:
+            await store.download(manifest, target)
+        assert "\n" not in str(caught.value)
+        assert not target.exists()
 
     source, target = tmp_path / "source", tmp_path / "target"
-    with single_server(tmp_path / "server") as server:
-        asyncio.run(scenario())
+    on_server(tmp_path, scenario)
 
 
 def test_a_manifest_that_cannot_be_read_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    async def scenario() -> None:
-        async with client(server.url) as connection:
-            store, stream = opened(connection)
-            good = snapshot(source, 1000)
-            torn, later = like(good, age=5), like(good, age=6)
-            await store.upload(good, source)
-            await stream.put(f"manifest.{torn.id}", b'{"format": 1')
-            await stream.put(f"manifest.{later.id}", replace(later, format=2).to_json())
-            with caplog.at_level(logging.WARNING):
-                assert await store.list() == [good]
-            assert len(caplog.records) == 2
-            assert await store.prune(1) == []  # another version may read them
+    async def scenario(connection: Client) -> None:
+        store, stream = opened(connection)
+        good = snapshot(source, 1000)
+        torn, later = like(good, age=5), like(good, age=6)
+        await store.upload(good, source)
+        await stream.put(f"manifest.{torn.id}", b'{"format": 1')
+        await stream.put(f"manifest.{later.id}", replace(later, format=2).to_json())
+        with caplog.at_level(logging.WARNING):
+            assert await store.list() == [good]
+        assert len(caplog.records) == 2
+        assert await store.prune(1) == []  # another version may read them
 
     source = tmp_path / "source"
-    with single_server(tmp_path / "server") as server:
-        asyncio.run(scenario())
+    on_server(tmp_path, scenario)
 
 
 def test_retention_keeps_the_newest_and_what_is_still_being_written(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with client(server.url) as connection:
-            store, stream = opened(connection)
-            assert await store.prune(3) == []
-            first = snapshot(source, MIB)
-            manifests = [first, *(like(first, age=age) for age in range(10, 60, 10))]
-            for manifest in manifests:
-                await store.upload(manifest, source)
-            torn = like(first, age=100)
-            await cancelled_at(lambda progress: store.upload(torn, source, progress), MIB)
-            removing = like(first, age=200)
-            await stream.put(f"upload.{removing.id}", b'{"removing": true}')
-            await stream.put(f"chunk.{removing.id}.0.0", b"x")
-            removed = await store.prune(2)
-            assert sorted(removed) == sorted([*(each.id for each in manifests[2:]), removing.id])
-            assert await store.list() == manifests[:2]
-            impatient, _ = opened(connection, abandoned_s=0.0)
-            await asyncio.sleep(0.01)
-            assert await impatient.prune(2) == [torn.id]
-            assert await messages(connection) == 2 * (MIB // CHUNK_BYTES + 1)
-            await store.upload(torn, source)  # its writer comes back after all
-            await store.download(torn, tmp_path / "target")
+    async def scenario(connection: Client) -> None:
+        store, stream = opened(connection)
+        assert await store.prune(3) == []
+        first = snapshot(source, MIB)
+        manifests = [first, *(like(first, age=age) for age in range(10, 60, 10))]
+        for manifest in manifests:
+            await store.upload(manifest, source)
+        torn = like(first, age=100)
+        await cancelled_at(lambda progress: store.upload(torn, source, progress), MIB)
+        removing = like(first, age=200)
+        await stream.put(f"upload.{removing.id}", b'{"removing": true}')
+        await stream.put(f"chunk.{removing.id}.0.0", b"x")
+        removed = await store.prune(2)
+        assert sorted(removed) == sorted([*(each.id for each in manifests[2:]), removing.id])
+        assert await store.list() == manifests[:2]
+        impatient, _ = opened(connection, abandoned_s=0.0)
+        await asyncio.sleep(0.01)
+        assert await impatient.prune(2) == [torn.id]
+        assert await messages(connection) == 2 * (MIB // CHUNK_BYTES + 1)
+        await store.upload(torn, source)  # its writer comes back after all
+        await store.download(torn, tmp_path / "target")
 
     source = tmp_path / "source"
-    with single_server(tmp_path / "server") as server:
-        asyncio.run(scenario())
+    on_server(tmp_path, scenario)
 
 
 def test_a_node_that_begins_anew_removes_what_it_left_before(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with client(server.url) as connection:
-            store, stream = opened(connection)
-            manifest = snapshot(source, 2 * MIB)
-            mine, others = like(manifest, age=50), like(manifest, age=60, node_id=8)
-            for torn in (others, mine):
-                await cancelled_at(lambda progress, torn=torn: store.upload(torn, source, progress), MIB)
-            await store.upload(manifest, source)
-            assert await stream.names("upload.*") == {others.id}
-            assert not await stream.chunks_of_piece(mine.id, 0)
-            assert await stream.chunks_of_piece(others.id, 0)
-            await store.upload(others, source)  # it is resumed
-            assert await store.list() == [manifest, others]
+    async def scenario(connection: Client) -> None:
+        store, stream = opened(connection)
+        manifest = snapshot(source, 2 * MIB)
+        mine, others = like(manifest, age=50), like(manifest, age=60, node_id=8)
+        for torn in (others, mine):
+            await cancelled_at(lambda progress, torn=torn: store.upload(torn, source, progress), MIB)
+        await store.upload(manifest, source)
+        assert await stream.names("upload.*") == {others.id}
+        assert not await stream.chunks_of_piece(mine.id, 0)
+        assert await stream.chunks_of_piece(others.id, 0)
+        await store.upload(others, source)  # it is resumed
+        assert await store.list() == [manifest, others]
 
     source = tmp_path / "source"
-    with single_server(tmp_path / "server") as server:
-        asyncio.run(scenario())
+    on_server(tmp_path, scenario)
 
 
 def test_a_full_server_still_lets_snapshots_go(tmp_path: Path) -> None:
@@ -339,50 +338,46 @@ def test_a_full_server_still_lets_snapshots_go(tmp_path: Path) -> None:
 
 
 def test_an_upload_whose_beginning_was_taken_away_does_not_end_in_a_manifest(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with client(server.url) as connection:
-            store, stream = opened(connection)
-            other, _ = opened(connection, abandoned_s=-1.0)
-            manifest = snapshot(source, 2 * MIB)
-            pruned: list[list[str]] = []
+    async def scenario(connection: Client) -> None:
+        store, stream = opened(connection)
+        other, _ = opened(connection, abandoned_s=-1.0)
+        manifest = snapshot(source, 2 * MIB)
+        pruned: list[list[str]] = []
 
-            async def prune(tail: str) -> None:
-                if stream.chunks(stream.sent) >= 8 and not pruned:
-                    pruned.append([])
-                    pruned[0] = await other.prune(1)
+        async def prune(tail: str) -> None:
+            if stream.chunks(stream.sent) >= 8 and not pruned:
+                pruned.append([])
+                pruned[0] = await other.prune(1)
 
-            stream.before_put = prune
-            with pytest.raises(StoreUnavailable, match="resume"):
-                await store.upload(manifest, source)
-            assert pruned == [[manifest.id]]
-            assert await store.list() == []
+        stream.before_put = prune
+        with pytest.raises(StoreUnavailable, match="resume"):
             await store.upload(manifest, source)
-            await store.download(manifest, tmp_path / "target")
+        assert pruned == [[manifest.id]]
+        assert await store.list() == []
+        await store.upload(manifest, source)
+        await store.download(manifest, tmp_path / "target")
 
     source = tmp_path / "source"
-    with single_server(tmp_path / "server") as server:
-        asyncio.run(scenario())
+    on_server(tmp_path, scenario)
 
 
 def test_a_full_stream_is_told_as_such_and_fewer_snapshots_make_room(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with client(server.url) as connection:
-            unbounded, _ = opened(connection)
-            manifest = snapshot(source, 4 * MIB)
-            await unbounded.upload(manifest, source)
-            store, _ = opened(connection, max_bytes=10 * MIB, patience_s=1.0)
-            await store.upload(like(manifest, age=-5), source)
-            third = like(manifest, age=-10)
-            with pytest.raises(StoreFull, match="retain"):
-                await store.upload(third, source)
-            assert len(await store.list()) == 2
-            await store.prune(1)
+    async def scenario(connection: Client) -> None:
+        unbounded, _ = opened(connection)
+        manifest = snapshot(source, 4 * MIB)
+        await unbounded.upload(manifest, source)
+        store, _ = opened(connection, max_bytes=10 * MIB, patience_s=1.0)
+        await store.upload(like(manifest, age=-5), source)
+        third = like(manifest, age=-10)
+        with pytest.raises(StoreFull, match="retain"):
             await store.upload(third, source)
-            await store.download(third, tmp_path / "target")
+        assert len(await store.list()) == 2
+        await store.prune(1)
+        await store.upload(third, source)
+        await store.download(third, tmp_path / "target")
 
     source = tmp_path / "source"
-    with single_server(tmp_path / "server") as server:
-        asyncio.run(scenario())
+    on_server(tmp_path, scenario)
 
 
 def test_a_full_server_is_told_as_such(tmp_path: Path) -> None:

@@ -191,10 +191,42 @@ def test_undecodable_messages_are_delivered_and_passed(tmp_path: Path, name: str
             assert [message.sequence for message in bad] == [1, 3, 5, 6, 7, 8]
             assert (bad[0].data, bad[1].data) == (b"hello", b"no group")
             assert "may not publish on" in bad[3].error
+            assert [message.sequence for message in bad if message.unread] == [3], "that may be a format to come"
+            assert bad[1].unread is not None
+            assert (bad[1].unread.publisher, bad[1].unread.joined) == (7, True)
             await reader.close()
 
     with topology(name, tmp_path) as place:
         asyncio.run(scenario(place))
+
+
+def test_messages_with_a_header_of_a_later_version_are_told_from_foreign_ones(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with client(server.url) as connection:
+            await ensure_streams(connection, SETTINGS)
+            later = bytearray(whole(1))
+            later[2] = 2
+            await store(connection, 7, bytes(later))
+            await connection.jetstream().publish(f"{SETTINGS.subject_prefix}.1.x7", bytes(later))
+            await store(connection, 7, b"hello")
+            await store(connection, 7, whole(2))
+            reader = Consumer(connection, SETTINGS, STREAM, START)
+            bad: list[Undecodable] = []
+            while reader.position.sequence < 4:
+                bad += (await reader.read(wait_s=5)).undecodable
+            assert [(message.sequence, message.unread is not None) for message in bad] == [
+                (1, True),
+                (2, False),
+                (3, False),
+            ]
+            assert bad[0].data == later
+            assert bad[0].unread is not None
+            assert (bad[0].unread.publisher, bad[0].unread.joined) == (7, False)
+            assert bad[0].unread.stored_ms == await time_at(connection, 1) // 1_000_000
+            await reader.close()
+
+    with single_server(tmp_path / "s") as server:
+        asyncio.run(scenario())
 
 
 def test_own_messages_are_passed_without_being_decoded(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from harmonylite.stream.log import (
 from harmonylite.stream.provision import ensure_streams
 from harmonylite.stream.publisher import Publisher, PublishFailed
 from harmonylite.stream.registry import NodeEntry, Registry
+from tests.documented import node_may_publish
 from tests.stream.logfixture import (
     SETTINGS,
     START,
@@ -36,22 +37,7 @@ from tests.stream.logfixture import (
 
 # A refusal is no answer at all.
 HASTY = replace(SETTINGS, api_timeout_s=0.5)
-NODE_MAY_PUBLISH = [
-    "harmonylite-change-log.*.7",
-    f"$JS.API.CONSUMER.MSG.NEXT.{STREAM}.*",
-    "$KV.harmonylite-changes-nodes.node.7",
-    *(
-        f"$JS.API.{request}"
-        for stream in (STREAM, "KV_harmonylite-changes-nodes")
-        for request in (
-            f"STREAM.INFO.{stream}",
-            f"STREAM.MSG.GET.{stream}",
-            f"DIRECT.GET.{stream}",
-            f"CONSUMER.CREATE.{stream}.>",
-            f"CONSUMER.DELETE.{stream}.*",
-        )
-    ),
-]
+NODE_MAY_PUBLISH = node_may_publish("harmonylite-change-log", STREAM, "changes-nodes", "changes-alive", "API.INFO")
 
 
 def test_a_node_without_the_permission_to_create(tmp_path: Path) -> None:
@@ -95,3 +81,36 @@ def test_a_node_without_the_permission_to_create(tmp_path: Path) -> None:
     server = Server(tmp_path / "s", jetstream(tmp_path / "s") + confined(NODE_MAY_PUBLISH))
     with running(server):
         asyncio.run(scenario())
+
+
+def test_a_node_without_the_bucket_in_memory_stores_every_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its permissions are from before there was one."""
+
+    async def scenario() -> None:
+        async with (
+            client(server.url, user="admin", password="a") as admin,
+            client(server.url, user="node7", password="n", inbox_prefix="_INBOX_7") as node,
+        ):
+            there, registry = Registry(admin, HASTY), Registry(node, HASTY)
+            await there.ensure_bucket()
+            await there.announce(NodeEntry(8, "def"))
+            for pending in range(3):
+                await registry.ensure_bucket()
+                await registry.announce(NodeEntry(7, "abc", pending_rows=pending))
+            (seven, eight) = await registry.nodes()
+            assert (seven.pending_rows, seven.alive, eight.alive) == (2, True, True)
+            assert [(one.node_id, one.alive) for one in await there.nodes()] == [(7, True), (8, True)]
+            await registry.sign_off(NodeEntry(7, "abc"))
+            assert [one.stopped for one in await there.nodes()] == [True, False]
+
+    server = Server(
+        tmp_path / "s",
+        jetstream(tmp_path / "s") + confined([one for one in NODE_MAY_PUBLISH if "changes-alive" not in one]),
+    )
+    with running(server), caplog.at_level("WARNING", "harmonylite.stream.registry"):
+        asyncio.run(scenario())
+    assert [record.message for record in caplog.records] == [
+        "no bucket in memory; each announcement is written to the server's disk"
+    ]

@@ -15,7 +15,14 @@ from harmonylite import wire
 from harmonylite.stream import publisher as publisher_module
 from harmonylite.stream.log import LogSettings, api_request, stream_state
 from harmonylite.stream.provision import ensure_streams
-from harmonylite.stream.publisher import MAX_PART_BYTES, GroupTooLarge, Published, Publisher, PublishFailed
+from harmonylite.stream.publisher import (
+    MAX_PART_BYTES,
+    GroupTooLarge,
+    GroupUnreadable,
+    Published,
+    Publisher,
+    PublishFailed,
+)
 from tests.stream.logfixture import (
     SETTINGS,
     STREAM,
@@ -308,6 +315,29 @@ def test_a_group_that_the_stream_cannot_hold_is_not_sent(tmp_path: Path) -> None
         asyncio.run(scenario())
 
 
+def test_a_group_that_no_node_would_take_is_not_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be acknowledged, and kept aside by every reader as one that cannot be read. What is sent is read."""
+    limit = 3_000_000
+    monkeypatch.setattr(publisher_module, "MAX_GROUP_BYTES", limit)
+
+    async def scenario() -> None:
+        async with client(server.url) as connection:
+            await ensure_streams(connection, SETTINGS)
+            publisher = Publisher(connection, SETTINGS)
+            with pytest.raises(GroupUnreadable, match=r"a node takes 3000000 in one piece") as refusal:
+                await publisher.publish(1, os.urandom(limit), 0)
+            assert "smaller" in refusal.value.to_do
+            assert (await stream_state(connection, SETTINGS, STREAM)).last_seq == 0
+            kept = await publisher.publish(2, os.urandom(limit - 1_000), 0)
+            joiner = wire.Joiner(max_open_bytes=limit)
+            parts = [(await stored(connection, sequence))[0] for sequence in kept.sequences]
+            assert [joiner.add(part, index, 0) is not None for index, part in enumerate(parts)] == [False, False, True]
+            await publisher.close()
+
+    with single_server(tmp_path / "s") as server:
+        asyncio.run(scenario())
+
+
 def test_one_message_is_measured_by_what_the_publisher_was_told(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with client(server.url) as connection:
@@ -315,7 +345,7 @@ def test_one_message_is_measured_by_what_the_publisher_was_told(tmp_path: Path) 
             publisher = Publisher(connection, SETTINGS)
             publisher.stream_seen(made)
             await publisher.publish(1, os.urandom(9_000), 0)
-            with pytest.raises(GroupTooLarge, match=r"holds at most 10000"):
+            with pytest.raises(GroupTooLarge, match=r"holds 10000"):
                 await publisher.publish(2, os.urandom(10_000), 0)
             await publisher.close()
 

@@ -15,10 +15,22 @@ from harmonylite.stream import registry as registry_module
 from harmonylite.stream.log import ApiError, StreamMissing, StreamUnavailable, api_request
 from harmonylite.stream.provision import ensure_streams
 from harmonylite.stream.registry import DuplicateNode, NodeEntry, Registry
-from tests.stream.logfixture import SETTINGS, TOPOLOGIES, Place, client, hub_and_leaf, single_server, topology
+from tests.stream.logfixture import (
+    SETTINGS,
+    TOPOLOGIES,
+    Place,
+    Server,
+    client,
+    hub_and_leaf,
+    jetstream,
+    running,
+    single_server,
+    topology,
+)
 from tests.stream.support import eventually_does
 
 BUCKET = "harmonylite-changes-nodes"
+ALIVE = "harmonylite-changes-alive"
 ENTRY = NodeEntry(
     node_id=7,
     instance_id="abc",
@@ -37,7 +49,14 @@ def stated(entry: NodeEntry) -> NodeEntry:
 
 
 async def purge(connection: Client) -> None:
-    await api_request(connection, SETTINGS, f"STREAM.PURGE.KV_{BUCKET}", {})
+    for bucket in (BUCKET, ALIVE):
+        await api_request(connection, SETTINGS, f"STREAM.PURGE.KV_{bucket}", {})
+
+
+async def written(connection: Client, bucket: str) -> int:
+    """How many messages a bucket has ever taken."""
+    info = await api_request(connection, SETTINGS, f"STREAM.INFO.KV_{bucket}", None)
+    return int(info["state"]["last_seq"])
 
 
 @pytest.mark.parametrize("name", TOPOLOGIES)
@@ -150,9 +169,10 @@ def test_entries_that_are_deleted_or_nonsense(tmp_path: Path, caplog: pytest.Log
                 ("node.9", json.dumps(newer).encode()),
                 ("lease", b"{}"),
             ):
-                await connection.request(f"$KV.{BUCKET}.{key}", data, timeout=5)
+                for bucket in (BUCKET, ALIVE):
+                    await connection.request(f"$KV.{bucket}.{key}", data, timeout=5)
             assert [stated(node) for node in await registry.nodes()] == [NodeEntry(9, "n")]
-            assert [record.__dict__["fields"]["key"] for record in caplog.records] == ["node.8"]
+            assert [record.__dict__["fields"]["key"] for record in caplog.records] == ["node.8"] * 2  # in either
             await registry.announce(ENTRY)
             await Registry(connection, SETTINGS).announce(replace(ENTRY, node_id=8))
             assert [node.node_id for node in await registry.nodes()] == [7, 8, 9]
@@ -218,6 +238,104 @@ def test_only_the_own_entry_is_signed_off(tmp_path: Path) -> None:
             await first.sign_off(ENTRY)
             (there,) = await second.nodes()
             assert (there.alive, there.instance_id) == (True, "new")
+
+    with single_server(tmp_path / "s") as server:
+        asyncio.run(scenario())
+
+
+def test_a_node_at_rest_writes_to_the_servers_disk_seldom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with client(server.url) as connection, client(server.url) as another:
+            registry = Registry(connection, SETTINGS, run="one")
+            await registry.ensure_bucket()
+            for pending in range(5):
+                await registry.announce(replace(ENTRY, pending_rows=pending))
+            assert (await written(connection, BUCKET), await written(connection, ALIVE)) == (1, 5)
+            (node,) = await registry.nodes()
+            assert node.pending_rows == 4, "the latest word is the one in memory"
+            # A link that comes and goes is no reason to write.
+            again = Registry(another, SETTINGS, run="one")
+            await again.announce(ENTRY)
+            assert await written(connection, BUCKET) == 1
+            # What an operator asks for is stored at once, the rest when its time has come.
+            await again.announce(replace(ENTRY, schema="beef"))
+            assert await written(connection, BUCKET) == 2
+            monkeypatch.setattr(registry_module, "STORED_EVERY_S", 0.0)
+            await again.announce(replace(ENTRY, schema="beef"))
+            assert await written(connection, BUCKET) == 3
+            monkeypatch.undo()
+            # Another process says that it is here, and later that it goes.
+            third = Registry(connection, SETTINGS, run="two")
+            await third.announce(ENTRY)
+            await third.announce(ENTRY)
+            assert await written(connection, BUCKET) == 4
+            await third.sign_off(ENTRY)
+            assert await written(connection, BUCKET) == 5
+
+    with single_server(tmp_path / "s") as server:
+        asyncio.run(scenario())
+
+
+def test_a_server_that_restarts_still_knows_who_is_away(tmp_path: Path) -> None:
+    """What is in memory is gone then: the nodes that are there make it anew."""
+
+    async def scenario() -> None:
+        async with client(server.url) as connection:
+            registry = Registry(connection, SETTINGS, run="seven")
+            await registry.ensure_bucket()
+            await registry.announce(ENTRY)
+            await Registry(connection, SETTINGS, run="eight").announce(replace(ENTRY, node_id=8))
+            nine = Registry(connection, SETTINGS, run="nine")
+            await nine.announce(replace(ENTRY, node_id=9))
+            await nine.sign_off(replace(ENTRY, node_id=9))
+            before = {node.node_id: node.stored_ms for node in await registry.nodes()}
+            server.kill()
+            server.start()
+        async with client(server.url) as connection:
+            registry = Registry(connection, SETTINGS, run="seven")
+            await eventually_does(registry.nodes)
+            assert [(node.node_id, node.stopped) for node in await registry.nodes()] == [
+                (7, False),
+                (8, False),
+                (9, True),
+            ]
+            await registry.ensure_bucket()
+            await registry.announce(replace(ENTRY, pending_rows=3))
+            seven, eight, nine_away = await registry.nodes()
+            assert (seven.alive, seven.pending_rows) == (True, 3)
+            assert abs(eight.stored_ms - before[8]) < 5000 and nine_away.stopped
+            # Two of one device: what is in memory tells, although the server has forgotten it once.
+            with pytest.raises(DuplicateNode):
+                await Registry(connection, SETTINGS, run="other").announce(replace(ENTRY, instance_id="xyz"))
+
+    server = Server(tmp_path / "s", jetstream(tmp_path / "s"))
+    with running(server):
+        asyncio.run(scenario())
+
+
+def test_a_node_of_an_earlier_version_is_seen_and_sees(tmp_path: Path) -> None:
+    """It announces itself in the stored bucket alone, every few seconds."""
+
+    async def announce_as_before(connection: Client, entry: NodeEntry) -> None:
+        fields = {"node_id": entry.node_id, "instance_id": entry.instance_id, "run": "old", "version": "0.0.9"}
+        await connection.request(f"$KV.{BUCKET}.node.{entry.node_id}", json.dumps(fields).encode(), timeout=5)
+
+    async def scenario() -> None:
+        async with client(server.url) as connection:
+            registry = Registry(connection, SETTINGS)
+            await api_request(
+                connection,
+                SETTINGS,
+                f"STREAM.CREATE.KV_{BUCKET}",
+                {"name": f"KV_{BUCKET}", "subjects": [f"$KV.{BUCKET}.>"], "storage": "file", "max_msgs_per_subject": 1},
+            )
+            await announce_as_before(connection, replace(ENTRY, node_id=8))
+            assert [(node.node_id, node.alive) for node in await registry.nodes()] == [(8, True)]
+            await registry.ensure_bucket()
+            await registry.announce(ENTRY)
+            assert [(node.node_id, node.alive) for node in await registry.nodes()] == [(7, True), (8, True)]
+            with pytest.raises(DuplicateNode):
+                await registry.announce(replace(ENTRY, node_id=8, instance_id="xyz"))
 
     with single_server(tmp_path / "s") as server:
         asyncio.run(scenario())

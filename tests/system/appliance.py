@@ -52,9 +52,9 @@ class Appliance:
 
     # -- installing
 
-    def use_repository(self, folder: str = "/srv/apt") -> None:
+    def use_repository(self, folder: str = "/srv/apt", options: str = "") -> None:
         key = f"{folder}/harmonylite-archive-keyring.pgp"
-        line = f"deb [signed-by={key}] file:{folder} {self.machine.tree.suite} main\n"
+        line = f"deb [{options} signed-by={key}] file:{folder} {self.machine.tree.suite} main\n"
         self.machine.write("/etc/apt/sources.list.d/harmonylite.list", line)
         self.machine.run("apt-get", "update", "-qq")
 

@@ -26,6 +26,7 @@ TOOLS = {
     "ip": "iproute2",
     "dpkg-buildpackage": "dpkg-dev",
     "reprepro": "reprepro",
+    "piuparts": "piuparts",
 }
 
 

@@ -5,7 +5,9 @@ Each test leaves the two replicating, and starts from there.
 
 from __future__ import annotations
 
+import itertools
 import re
+import time
 
 import pytest
 
@@ -133,10 +135,56 @@ def test_killed_it_is_started_again(pair: Pair, node: Appliance) -> None:
     before = node.main_pid
     machine.systemctl("kill", "--kill-whom=main", "--signal=KILL", UNIT)
     machine.wait(lambda: machine.show(UNIT, "ActiveState") == "active" and node.main_pid not in (0, before), "restart")
-    assert len(machine.pids("nats-server")) == 1, "the old server died with its daemon"
+    machine.wait(lambda: len(machine.pids("nats-server")) == 1, "a new server, and the old one died with its daemon")
     node.wait_status()
     node.stop_writing()
     wait_equal(*pair.both)
+
+
+def test_killed_again_and_again_it_is_started_further_and_further_apart(node: Appliance) -> None:
+    """With systemd 252 (the hub) the daemon waits itself; 254 and newer (the leaf) pause longer each time."""
+    machine = node.machine
+    machine.systemctl("restart", UNIT)
+    begun: list[float] = []
+
+    def kill() -> None:
+        before = node.main_pid
+        machine.systemctl("kill", "--kill-whom=main", "--signal=KILL", UNIT)
+        machine.wait(lambda: node.main_pid not in (0, before), "another process", 90)
+
+    def ready() -> None:
+        machine.wait(lambda: machine.show(UNIT, "SubState") == "running", "it is ready", 90)
+        begun.append(float(machine.show(UNIT, "ActiveEnterTimestampMonotonic")) / 1e6)
+
+    cursor = machine.cursor()
+    ready()
+    for _ in range(3):
+        kill()
+        ready()
+    apart = [later - earlier for earlier, later in itertools.pairwise(begun)]
+    assert all(longer > shorter + 1.5 for shorter, longer in itertools.pairwise(apart)), apart
+    assert apart[0] > 4 and apart[2] > 10, apart
+    if machine.tree.suite != "bookworm":
+        return
+    assert [line for line in machine.journal(UNIT, cursor).splitlines() if "ended badly" in line][-1].find(
+        "bad_ends=3"
+    ) > 0
+    # The service is told while it waits, does not count as started, and a stop is answered at once.
+    kill()
+    machine.wait(lambda: machine.show(UNIT, "StatusText").startswith("waiting "), "STATUS says that it waits", 30)
+    assert machine.show(UNIT, "ActiveState") == "activating"
+    assert machine.pids("nats-server") == ()
+    before = time.monotonic()
+    machine.systemctl("restart", UNIT)
+    assert time.monotonic() - before < 5, "a restart by hand is not made to wait"
+    assert machine.show(UNIT, "SubState") == "running"
+    kill()
+    ready()
+    assert begun[-1] - begun[-2] > 0
+    machine.systemctl("stop", UNIT)
+    assert machine.try_run("test", "-e", "/run/harmonylite").code != 0, "nothing is left of a service that was stopped"
+    machine.systemctl("start", UNIT)
+    node.wait_status()
 
 
 def test_a_killed_server_is_started_again_by_the_daemon(pair: Pair, node: Appliance) -> None:
@@ -160,7 +208,7 @@ def test_a_frozen_daemon_is_restarted_by_the_watchdog(pair: Pair, node: Applianc
     machine.wait(lambda: node.main_pid not in (0, before), "it is restarted", 20)
     machine.wait(lambda: machine.show(UNIT, "ActiveState") == "active", "it is ready again")
     assert "Watchdog timeout" in machine.journal(UNIT, cursor)
-    assert len(machine.pids("nats-server")) == 1
+    machine.wait(lambda: len(machine.pids("nats-server")) == 1, "a new server, and none is left over")
     machine.run("rm", drop_in)
     machine.systemctl("daemon-reload")
     machine.systemctl("restart", UNIT)

@@ -106,7 +106,8 @@ def test_upgraded_it_goes_on_with_its_configuration_and_state(fresh: Appliance) 
 
 def test_removed_the_application_goes_on_and_installed_again_all_is_sent(fresh: Appliance) -> None:
     machine = fresh.machine
-    fresh.apt("remove", "harmonylite")
+    said = fresh.apt("remove", "harmonylite")
+    assert f'"{fresh.database}"' in said and "harmonylite cleanup --all" in said, "what stays, and how to take it out"
     assert machine.pids("nats-server") == ()
     assert machine.try_run("pgrep", "-u", "harmonylite").out == "", "no process is left"
     assert machine.try_run("test", "-e", CONFIG).code == 0, "remove keeps the configuration"

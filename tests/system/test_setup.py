@@ -56,3 +56,49 @@ def test_doctor_says_what_setup_would_mend(pair: Pair, mode: str) -> None:
     node.sql("INSERT INTO orders VALUES (1, 'x', 1)")
     machine.wait(lambda: node.status()["pending_rows"] == 0, "the change is sent")
     machine.systemctl("disable", "--now", node.unit)
+
+
+def test_two_instances_without_node_ids_are_two_nodes_for_the_hub(pair: Pair) -> None:
+    """As their configurations are written by hand; the hub refuses a second server of one name."""
+    machine = pair.leaf.machine
+    nodes = [Appliance(machine, 7, f"/srv/{name}/app.db", name) for name in ("east", "west")]
+    for node in nodes:
+        node.make_application()
+        node.setup("--instance", node.folder[5:], "--leaf-servers", f"nats-leaf://{pair.hub.machine.address}:7422")
+        machine.shell(f"sed -i '/^node_id = /d' {node.config}")
+        node.enable()
+    ids = [node.wait_status("healthy", 60)["node_id"] for node in (*nodes, pair.leaf)]
+    assert len(set(ids)) == 3, ids
+    machine.systemctl("restart", *(node.unit for node in nodes))
+    assert [node.wait_status("healthy", 60)["node_id"] for node in nodes] == ids[:2]
+    machine.systemctl("disable", "--now", *(node.unit for node in nodes))
+
+
+def test_a_password_that_only_root_may_read(pair: Pair) -> None:
+    """LoadCredential= hands it to the service, as the unit's comments say; an external NATS asks for it."""
+    machine = pair.hub.machine
+    machine.run(
+        *("systemd-run", "--unit=external", "/usr/lib/harmonylite/nats-server", "--addr=127.0.0.1", "--port=4333"),
+        *("--jetstream", "--store_dir=/var/lib/external", "--user=device", "--pass=open-sesame"),
+    )
+    node = Appliance(machine, 8, "/srv/secret/app.db", "secret")
+    node.make_application()
+    node.setup("--instance", "secret")
+    node.set("urls", '["nats://127.0.0.1:4333"]')
+    node.set("user_name", '"device"')
+    node.enable()
+    assert node.wait_status("degraded")["nats_error"]
+    file = "/etc/harmonylite/nats-password"
+    machine.write(file, "open-sesame\n", mode="0600")
+    assert machine.try_run("cat", file, user="harmonylite").code != 0
+    machine.write(
+        f"/etc/systemd/system/{node.unit}.d/password.conf", f"[Service]\nLoadCredential=nats_user_password:{file}\n"
+    )
+    machine.systemctl("daemon-reload")
+    machine.systemctl("restart", node.unit)
+    node.wait_status("healthy", 60)
+    node.sql("INSERT INTO orders VALUES (1, 'x', 1)")
+    machine.wait(lambda: node.status()["pending_rows"] == 0, "the change is sent")
+    assert "open-sesame" not in machine.journal(node.unit)
+    machine.systemctl("disable", "--now", node.unit)
+    machine.systemctl("stop", "external.service")

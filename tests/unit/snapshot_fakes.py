@@ -40,7 +40,8 @@ def stream(first: int, last: int, created: str = CREATED) -> StreamState:
 
 @dataclass
 class Store:
-    """room: bytes in all. on_transfer: called in the middle of an upload or a download."""
+    """room: bytes in all. on_transfer: called in the middle of an upload or a download. given_up: bytes of uploads
+    that nobody goes on with, by id."""
 
     folder: Path
     room: int = 1 << 30
@@ -49,6 +50,7 @@ class Store:
     on_transfer: Callable[[], None] = lambda: None
     downloads: list[str] = field(default_factory=list)
     torn: set[str] = field(default_factory=set)
+    given_up: dict[str, int] = field(default_factory=dict)
 
     async def list(self) -> Manifests:
         if self.trouble is not None:
@@ -58,7 +60,8 @@ class Store:
     async def upload(self, manifest: Manifest, path: Path, progress: Progress = no_progress) -> None:
         self.on_transfer()
         self.torn.add(manifest.id)
-        if sum(each.stored_size for each in self.manifests) + manifest.stored_size > self.room:
+        used = sum(each.stored_size for each in self.manifests) + sum(self.given_up.values())
+        if used + manifest.stored_size > self.room:
             raise StoreFull("maximum bytes exceeded")
         shutil.copy(path, self.folder / manifest.id)
         self.manifests.append(manifest)
@@ -81,6 +84,8 @@ class Store:
         gone = [manifest.id for manifest in (await self.list())[retain:]]
         for each in gone:
             await self.delete(each)
+        gone += self.given_up
+        self.given_up.clear()
         return gone
 
     async def mirror(self, folder: Path, progress: Progress = no_progress) -> Ids:

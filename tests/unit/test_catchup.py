@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import apsw
 import pytest
 
-from harmonylite import catchup
+from harmonylite import catchup, clock
 from harmonylite.catchup import CatchUp, Gap
 from harmonylite.config.model import Snapshot as Config
 from harmonylite.db.tables import load_state
-from harmonylite.snapshot import workfiles
-from harmonylite.snapshot.keeper import FETCHING, SnapshotKeeper
+from harmonylite.model import Position
+from harmonylite.snapshot import mend, state, workfiles
+from harmonylite.snapshot.due import FETCHING
+from harmonylite.snapshot.keeper import SnapshotKeeper
 from harmonylite.snapshot.manifest import Manifest
+from harmonylite.snapshot.mend import Mender
 from harmonylite.snapshot.state import SnapshotState
 from harmonylite.snapshot.stores.base import StoreUnavailable
 from harmonylite.snapshot.workfiles import WorkFiles
-from harmonylite.stream.log import StreamState, StreamUnavailable
+from harmonylite.stream.log import StreamState, StreamUnavailable, parse_time_ns
+from harmonylite.wire import unpack
 from tests.unit.snapshot_fakes import STREAM, FakeLink, Lease, Node, Store, opened, stream
 
 TRIMMED = Gap(STREAM, "messages 11 to 99 were discarded", lost=False, needed=99)
@@ -90,9 +99,10 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 @contextlib.asynccontextmanager
-async def bench(folder: Path) -> AsyncIterator[Bench]:
+async def bench(folder: Path, synced_ms: int | None = None) -> AsyncIterator[Bench]:
     async with opened(folder / "one", 1) as node, opened(folder / "two", 2) as other:
         await node.at(10)
+        node.engine.replica.completeness.note_synced(clock.wall_ms() if synced_ms is None else synced_ms)
         yield Bench(node, other, folder / "store")
 
 
@@ -161,7 +171,7 @@ def test_a_useless_snapshot_is_tried_once_and_the_next_older_one_used(tmp_path: 
             await it.bridge(TRIMMED)
             assert it.store.downloads == [newer.id, older.id]
             assert await it.node.position() == 120
-            assert it.state.refused == {newer.id}
+            assert set(it.state.refused) == {newer.id}
 
     asyncio.run(main())
 
@@ -283,7 +293,7 @@ def test_a_lost_log_that_begins_at_its_beginning_is_filled_again(tmp_path: Path)
         async with bench(tmp_path) as it:
             it.node.write(1, 2, 3)
             await it.node.engine.absorb()
-            it.node.engine.replica.mark_published(load_state(it.node.engine.replica.writer).batch)
+            it.node.engine.replica.outgoing.mark_published(load_state(it.node.engine.replica.writer).batch)
             assert await it.node.engine.pending() == 0
             it.log = stream(1, 5, RECREATED)
             it.store.trouble = StoreUnavailable("no snapshot is needed for that")
@@ -315,6 +325,47 @@ def test_a_lost_tail_of_a_log_whose_beginning_is_gone(tmp_path: Path, first: int
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(
+    ("first", "last", "there_ns", "server_ms", "refilled"),
+    [
+        (95, 150, None, 1, True),
+        (95, 190, 500_000, None, True),
+        (185, 190, None, 1, False),
+        (95, 190, 96_000, 1, False),
+        (95, 150, None, 0, False),
+    ],
+    ids=["as it was", "written on", "begins behind", "the clock went back", "the clock is behind"],
+)
+def test_what_a_servers_clock_says_of_a_lost_tail_counts_only_if_it_went_on(
+    tmp_path: Path, first: int, last: int, there_ns: int | None, server_ms: int | None, refilled: bool
+) -> None:
+    """A hub without a clock of its own may start in the past after the power cut that lost the tail: then new messages
+    that were dropped again unread look older than what was read last, 180, which was stored at 180,000 ns."""
+
+    class Clocked(FakeLink):
+        __slots__ = ()
+
+        async def goes_on(self, state: StreamState, position: Position) -> bool:
+            return position.sequence != 180
+
+        async def stored_ns(self, state: StreamState, sequence: int) -> int | None:
+            return {first: 95_000, 180: there_ns}[sequence]
+
+    async def main() -> None:
+        async with bench(tmp_path) as it:
+            await it.node.at(180)
+            it.log = replace(stream(first, last), server_ms=server_ms)
+            it.link = Clocked(it.store, it.lease, lambda: it.log)
+            if refilled:
+                assert await it.bridge(LOST)
+                assert await it.node.position() == 94
+            else:
+                async with it.waiting(LOST):
+                    assert await it.node.position() == 180, "it goes on with a hole"
+
+    asyncio.run(main())
+
+
 def test_a_lost_tail_with_a_snapshot_from_before_it(tmp_path: Path) -> None:
     """Only what the snapshot lacks is published again, and reading goes back to it."""
 
@@ -326,7 +377,7 @@ def test_a_lost_tail_with_a_snapshot_from_before_it(tmp_path: Path) -> None:
             await it.node.at(180)
             it.node.write(1000, 1001)
             await it.node.engine.absorb()
-            it.node.engine.replica.mark_published(load_state(it.node.engine.replica.writer).batch)
+            it.node.engine.replica.outgoing.mark_published(load_state(it.node.engine.replica.writer).batch)
             it.log = stream(100, 150)
             assert not await it.bridge(LOST)
             assert await it.node.position() == 120
@@ -358,5 +409,270 @@ def test_how_long_it_waits_decides_what_is_said(tmp_path: Path, monkeypatch: pyt
             assert "--force" not in str(it.state.catching_up)
             monkeypatch.setattr(catchup, "PATIENCE_S", 0.0)
             await until(lambda: "harmonylite snapshot save --force" in str(it.state.catching_up))
+
+    asyncio.run(main())
+
+
+def damage(path: Path, table: str, application: apsw.Connection) -> None:
+    application.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    ((root,),) = application.execute("SELECT rootpage FROM sqlite_schema WHERE name = ?", (table,))
+    with path.open("r+b") as file:
+        file.seek((root - 1) * 4096)
+        file.write(b"\xff" * 4096)
+
+
+def test_a_damaged_database_is_not_taken_for_a_damaged_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The snapshot is kept and tried again, after longer and longer pauses; nobody is asked for another one."""
+    monkeypatch.setattr(catchup, "DAMAGED_S", 0.3)
+    begun: list[float] = []
+    merge = catchup.merge_snapshot
+
+    async def counted(*arguments: Any, **options: Any) -> Any:
+        begun.append(time.monotonic())
+        return await merge(*arguments, **options)
+
+    monkeypatch.setattr(catchup, "merge_snapshot", counted)
+
+    async def main() -> None:
+        async with bench(tmp_path) as it:
+            it.node.write(*range(300), text="z" * 300)
+            while await it.node.engine.absorb():
+                pass
+            it.other.write(*range(200, 400))
+            good = await it.snapshot(150)
+            damage(it.node.path, "__harmonylite__t_version", it.node.application)
+            async with it.waiting(TRIMMED):
+                await until(lambda: len(begun) >= 6)
+                pauses = [later - earlier for earlier, later in pairwise(begun[:6])]
+                assert all(pause >= least for pause, least in zip(pauses, (0.02, 0.04, 0.08, 0.16, 0.3), strict=True))
+                await until(lambda: "this node's database" in str(it.state.catching_up))
+                assert "docs/disaster-recovery.md" in str(it.state.damage)
+                assert not it.state.refused
+                assert it.store.downloads == [good.id]
+                assert it.lease.own_wish is None or it.lease.own_wish[0].startswith(FETCHING)
+            assert it.files.downloads() == [good.id]
+        assert sum("database is damaged; it cannot catch up" in line for line in caplog.messages) == 1
+
+    asyncio.run(main())
+
+
+class Slow:
+    """A merge that takes a while, piece by piece, as that of a large snapshot does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun = self.pieces = 0
+        self.may_end = asyncio.Event()
+        self._merge = catchup.merge_snapshot
+        monkeypatch.setattr(catchup, "merge_snapshot", self)
+
+    async def __call__(self, *arguments: Any, **options: Any) -> Any:
+        self.begun += 1
+        while not self.may_end.is_set():
+            self.pieces += 1
+            await asyncio.sleep(0.01)
+        return await self._merge(*arguments, **options)
+
+
+def test_a_merge_goes_on_without_a_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a link that drops every few seconds it would begin again each time, and never end."""
+
+    async def main() -> None:
+        async with bench(tmp_path) as it:
+            slow = Slow(monkeypatch)
+            it.other.write(2)
+            newest = await it.snapshot(150)
+            for session in range(4):
+                task = asyncio.create_task(it.catch_up.bridge(it.link, TRIMMED))
+                await until(lambda reached=slow.pieces + 5: slow.pieces > reached)  # type: ignore[misc]
+                assert "merging snapshot" in str(it.state.catching_up)
+                if session == 3:
+                    break
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                assert it.catch_up.busy, "so that this node takes no snapshot"
+                assert it.node.engine.metrics.catching_up.value == 1
+                it.catch_up.caught_up()
+            slow.may_end.set()
+            assert not await asyncio.wait_for(task, 10)
+            assert slow.begun == 1
+            assert it.store.downloads == [newest.id]
+            assert await it.node.position() == 150
+            assert it.node.rows() == {2: "x"}
+            assert not it.catch_up.busy
+            assert it.node.engine.metrics.catching_up.value == 0
+            assert it.leftovers() == []
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("then", ["trimmed further", "made anew", "intact"])
+def test_what_the_log_is_after_a_merge_without_a_connection_is_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    async def main() -> None:
+        async with bench(tmp_path) as it:
+            slow = Slow(monkeypatch)
+            it.node.write(1, text="own")
+            await it.snapshot(150)
+            task = asyncio.create_task(it.catch_up.bridge(it.link, TRIMMED))
+            await until(lambda: slow.begun)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            slow.may_end.set()
+            await until(lambda: not it.catch_up.busy)
+            assert it.state.catching_up is None
+            assert await it.node.position() == 150
+            if then == "trimmed further":
+                it.log = stream(190, 300)
+                async with it.waiting(Gap(STREAM, "messages 151 to 189", lost=False, needed=189)) as again:
+                    assert await it.node.position() == 150
+                    await it.snapshot(250)
+                    await asyncio.wait_for(again, 5)
+                assert await it.node.position() == 250
+            elif then == "made anew":
+                it.log = stream(1, 5, RECREATED)
+                assert await it.bridge(LOST), "all of it is published again"
+                assert await it.node.position() == 0
+            else:
+                assert not await it.bridge(TRIMMED)
+                assert await it.node.position() == 150
+
+    asyncio.run(main())
+
+
+def test_a_merge_ends_with_the_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with bench(tmp_path) as it:
+            slow = Slow(monkeypatch)
+            newest = await it.snapshot(150)
+            task = asyncio.create_task(it.catch_up.bridge(it.link, TRIMMED))
+            await until(lambda: slow.begun)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await asyncio.wait_for(it.catch_up.close(), 5)
+            assert not it.catch_up.busy
+            assert await it.node.position() == 10
+            assert it.files.downloads() == [newest.id], "the next start goes on with it"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("days", [89, 91])
+def test_a_delete_that_all_have_forgotten_stays_one_after_the_log_was_made_anew(tmp_path: Path, days: int) -> None:
+    """The hub was installed again. Nobody has the delete any more, and the new log does not: a node that was away for
+    longer than deletes are kept must not publish what it has, nor may a snapshot of the new log say that it is new."""
+    recreated_ms = parse_time_ns(RECREATED) // 1_000_000
+
+    async def main() -> None:
+        async with bench(tmp_path, recreated_ms - days * 86_400_000) as it:
+            for each in (it.node, it.other):
+                each.engine.time.server.now_ms = lambda: recreated_ms + 3_600_000  # type: ignore[method-assign]
+            it.node.write(1, text="deleted by the others")
+            it.other.write(2)
+            for each in (it.node, it.other):
+                await each.engine.absorb()
+                each.engine.replica.outgoing.mark_published(1)
+            it.log = stream(1, 5, RECREATED)
+            if days < 90:
+                assert await it.bridge(LOST), "they would still have the delete"
+                assert await it.node.engine.pending() == 1
+                return
+            async with it.waiting(LOST) as task:
+                assert "longer than deletes are remembered" in str(it.state.catching_up)
+                await until(lambda: it.lease.own_wish is not None)
+                assert await it.node.engine.pending() == 0
+                # Taken by a node that has read the new log, and never forgot a delete itself.
+                await it.snapshot(5, RECREATED)
+                assert not await asyncio.wait_for(task, 5)
+            assert it.node.rows() == {2: "x"}
+            assert await it.node.engine.pending() == 0
+            ((key,),) = it.node.application.execute("SELECT key FROM __harmonylite__conflict")
+            assert unpack(key) == [1], "kept for the operator"
+
+    asyncio.run(main())
+
+
+def test_the_operator_ends_that_waiting(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with bench(tmp_path, 1) as it:
+            it.log = stream(1, 5, RECREATED)
+            async with it.waiting(LOST) as task:
+                it.catch_up.declare_complete()
+                assert await asyncio.wait_for(task, 5)
+
+    asyncio.run(main())
+
+
+def test_a_refused_snapshot_is_tried_again_some_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was in the way may have passed; one that was stored anew is tried at once."""
+
+    async def main() -> None:
+        async with bench(tmp_path) as it:
+            snapshot = await it.snapshot(150)
+            content = it.store.folder / snapshot.id
+            content.rename(tmp_path / "away")
+            monkeypatch.setattr(state, "REFUSED_S", 0.2)
+            async with it.waiting(TRIMMED) as task:
+                await until(lambda: len(it.store.downloads) >= 3)
+                assert it.state.refused[snapshot.id].pause_s >= 0.4, "after twice that"
+                (tmp_path / "away").rename(content)
+                await asyncio.wait_for(task, 5)
+            assert await it.node.position() == 150
+            it.state.refuse(snapshot)
+            assert it.state.is_refused(snapshot)
+            assert not it.state.is_refused(replace(snapshot, sha256="0" * 64))
+
+    asyncio.run(main())
+
+
+def test_what_was_missed_while_snapshots_were_off_comes_with_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mend, "LOOK_S", 0.02)
+
+    async def main() -> None:
+        async with bench(tmp_path) as it:
+            replica = it.node.engine.replica
+            await it.node.engine.write(
+                lambda: replica.completeness.note_hole("stream s: messages 11 to 99 were discarded")
+            )
+            await it.node.at(120)
+            running = asyncio.create_task(Mender(it.node.engine, it.catch_up, it.state).run(it.link))
+            await until(lambda: it.lease.own_wish is not None)
+            assert "11 to 99" in it.lease.wishes[-1][0]
+            it.other.write(3)
+            await it.snapshot(150)
+            await until(lambda: replica.completeness.incomplete is None)
+            await until(lambda: it.lease.own_wish is None)
+            assert it.node.rows() == {3: "x"}
+            assert await it.node.position() == 150
+            fetched = len(it.store.downloads)
+            await asyncio.sleep(0.1)
+            assert len(it.store.downloads) == fetched, "once"
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+def test_what_waits_in_a_snapshot_from_the_future_is_bounded_by_now(tmp_path: Path) -> None:
+    """The server's clock was ahead when the snapshot was taken; one wrong clock must not win for ever."""
+
+    async def main() -> None:
+        async with bench(tmp_path) as it:
+            now_ms = clock.wall_ms()
+            it.node.engine.time.server.now_ms = lambda: now_ms  # type: ignore[method-assign]
+            it.other.write(3)
+            await it.other.engine.absorb()
+            ahead = (now_ms + 10 * 86_400_000,)
+            it.other.application.execute("UPDATE __harmonylite__t_version SET ts = ?", ahead)
+            taken = await it.snapshot(150)
+            it.store.manifests = [replace(taken, created_ms=taken.created_ms + 73 * 365 * 86_400_000)]
+            await it.bridge(TRIMMED)
+            ((ts,),) = it.node.application.execute("SELECT ts FROM __harmonylite__t_version WHERE k0 = 3")
+            assert ts == now_ms + it.node.engine.replica.tolerance_ms
 
     asyncio.run(main())

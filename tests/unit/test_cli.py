@@ -23,7 +23,17 @@ from harmonylite.cli.command import duration, json_value, local_time, rfc3339, s
 from harmonylite.cli.main import COMMANDS, build_parser, main
 from harmonylite.config import Config
 from harmonylite.db.replica import Replica, ReplicaSettings
-from harmonylite.model import Delivery, Group, Position, RawText, ReceivedGroup, Stamp, TableChanges
+from harmonylite.model import (
+    Delivery,
+    Group,
+    Position,
+    RawText,
+    ReceivedGroup,
+    Stamp,
+    TableChanges,
+    Undecodable,
+    Unread,
+)
 
 
 @pytest.fixture
@@ -138,6 +148,27 @@ def test_parked_rows_show_their_reason(cli: Any) -> None:
     assert parked["row"] == {"id": "a\nb", "n": {"text": "ff"}}
     assert parked["reason"]
     assert cli("parked", "--table", "orders") == (0, "no parked rows\n", "")
+
+
+def test_messages_of_a_newer_version_are_told(cli: Any, folder: Path) -> None:
+    replica = Replica(folder / "app.db", ReplicaSettings(node_id=7))
+    replica.open()
+    message = Undecodable(10, b"HL", "message format 9 is unknown", Unread(1_700_000_000_000, 3, joined=False))
+    replica.apply(Delivery(Position("harmonylite-changes-1", "2024-01-01T00:00:00Z", 10, 1), (), (message,)))
+    replica.close()
+    lines = cli("parked")[1].splitlines()
+    assert "message 10 of stream harmonylite-changes-1: cannot be read" in lines[-2]
+    assert "message format 9 is unknown" in lines[-2]
+    assert f"sent by node 3 at {local_time(1_700_000_000_000)}" in lines[-1]
+    assert "upgraded" in lines[-1]
+    parked, unread = json.loads(cli("parked", "--json")[1])
+    assert parked["table"] == "stock"
+    assert (unread["stream"], unread["sequence"], unread["node_id"]) == ("harmonylite-changes-1", 10, 3)
+    assert len(json.loads(cli("parked", "--table", "stock", "--json")[1])) == 1
+    why = "1 message could not be read by this version, harmonylite parked says why: upgrade this node"
+    assert f"missing    {why}" in cli("status")[1].splitlines()
+    assert json.loads(cli("status", "--json")[1])["reasons"] == ["daemon: not running", why]
+    assert f"warn  complete: {why}; until then it takes no snapshot" in cli("doctor")[1].splitlines()
 
 
 def test_check_config_prints_what_is_in_force(cli: Any, folder: Path) -> None:
@@ -416,6 +447,23 @@ def test_doctor_says_what_is_wrong_with_external_servers_and_a_missing_database(
     code, out, _ = cli("doctor", "--json")
     assert code == 1
     assert "is not a SQLite database" in out
+
+
+def test_doctor_finds_damage(cli: Any, folder: Path) -> None:
+    path = folder / "app.db"
+    application = apsw.Connection(str(path))
+    rows = "WITH RECURSIVE n(i) AS (SELECT 100 UNION ALL SELECT i + 1 FROM n WHERE i < 3000)"
+    columns = "CREATE TABLE large (id INTEGER PRIMARY KEY, v)"
+    application.execute(f"{columns}; {rows} INSERT INTO large SELECT i, hex(randomblob(50)) FROM n").fetchall()
+    application.close()
+    assert levels(cli("doctor", "--json")[1])["damage"] == {"ok"}
+    with path.open("r+b") as file:
+        file.seek(-100 * 4096, os.SEEK_END)
+        file.write(b"\xff" * 4096)
+    code, out, _ = cli("doctor")
+    assert code == 1
+    assert f"fail  damage: {path} is damaged: " in out
+    assert 'see "A card is corrupt" in docs/disaster-recovery.md' in out
 
 
 def test_doctor_with_a_wrong_configuration(cli: Any, folder: Path) -> None:

@@ -60,6 +60,18 @@ def test_an_empty_store_is_no_mistake(config: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == "[]\n"
 
 
+def test_a_store_that_is_away_now_is_not_tried_again_by_a_command(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("botocore", reason="no boto3: install harmonylite[s3]")
+    s3 = '[snapshot.s3]\nendpoint = "127.0.0.1:1"\nbucket = "b"\naccess_key = "a"\nsecret = "s"\n'
+    config.write_text(config.read_text().replace('store = "file"', 'store = "file"\nmirror = "s3"') + s3)
+    assert main(["snapshot", "list", "--mirror", "--config", str(config)]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "cannot be reached" in line
+    assert line.endswith("; try again later")
+
+
 def test_progress_is_for_terminals_alone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with Screen() as screen:
         screen.progress("fetching")(1_000_000, 2_000_000)

@@ -113,7 +113,11 @@ def test_an_online_node(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["applied"].startswith("99 rows, last 2024-0")
     assert found["lag"] == "0.012 s"
     assert found["position"] == "harmonylite-changes-1 40 of 42"
-    assert found["snapshot"] == "2 h old, by node 3, 1,000,000 bytes in nats"
+    assert found["snapshot"] == "2 h old, by node 3, 1.0 MB in nats"
+    rescued = replace(shot, store="s3", in_mirror=True)
+    with daemon(path, {"status": lambda: node(snapshot=rescued).to_json()}):
+        _, out, _ = run(path, capsys, "status")
+    assert "by node 3, 1.0 MB in the mirror (s3)" in out
     assert found["clock"] == "-0.250 s against the server's"
     assert found["skipped"] == "keyless: it has no primary key"
     # Values stand below one another.

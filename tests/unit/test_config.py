@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import sqlite3
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from harmonylite import config as configuration
 from harmonylite.config import Config, ConfigError, Secret, identity, load
 from harmonylite.config.model import KEYS, value_of
 from harmonylite.config.values import format_size, parse_size
+from harmonylite.db.database import ReplicaSettings
+from harmonylite.db.replica import Replica
 
 # What a complete file of the Go implementation may hold.
 GO_FILE = """
@@ -413,6 +417,64 @@ def test_the_node_id_from_the_machine_is_stable_and_valid() -> None:
     # Fixed for ever: another number would make a node a stranger to its own cluster.
     assert identity.node_id_of("0" * 32) == 8638110371458412805
     assert identity.node_id_of("0" * 31 + "1") != identity.node_id_of("0" * 32)
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """/etc of a machine: its id, and a folder for configurations."""
+    (tmp_path / "machine-id").write_text("0123456789abcdef" * 2)
+    monkeypatch.setattr(identity, "MACHINE_ID_FILES", (tmp_path / "machine-id",))
+    monkeypatch.setattr(identity, "CONFIG_DIRECTORY", tmp_path / "etc")
+    (tmp_path / "etc").mkdir()
+    return tmp_path
+
+
+def _configured(machine: Path, name: str, database: Path) -> Config:
+    file = machine / "etc" / name
+    file.write_text(f'db_path = "{database}"\n')
+    return load(file)
+
+
+def test_instances_written_by_hand_have_ids_of_their_own(machine: Path) -> None:
+    own = identity.node_id_of("0123456789abcdef" * 2)
+    assert _configured(machine, "config.toml", machine / "a.db").node_id == own
+    shop, till = (_configured(machine, f"{name}.toml", machine / "a.db") for name in ("shop", "till"))
+    assert len({own, shop.node_id, till.node_id}) == 3
+    assert shop.node_id_from_machine
+    assert _configured(machine, "shop.toml", machine / "moved.db").node_id == shop.node_id
+    # Elsewhere a file's name means nothing.
+    assert load(written(machine, 'db_path = "x.db"')).node_id == own
+    assert not (machine / "a.db").exists(), "looking makes no file"
+
+
+def test_a_database_that_has_the_machines_id_keeps_it(machine: Path) -> None:
+    own, database = identity.node_id_of("0123456789abcdef" * 2), machine / "app.db"
+    with contextlib.closing(sqlite3.connect(database)) as application:
+        application.execute("PRAGMA journal_mode = WAL")
+        application.execute("CREATE TABLE t (k INTEGER PRIMARY KEY)")
+    fresh = _configured(machine, "shop.toml", database).node_id
+    for known, expected in ((own, own), (fresh, fresh), (4711, fresh)):
+        replica = Replica(database, ReplicaSettings(node_id=known))
+        replica.open()
+        # Also while it is in use, as at a reload.
+        assert _configured(machine, "shop.toml", database).node_id == expected
+        replica.close()
+        assert _configured(machine, "shop.toml", database).node_id == expected
+    # On a cloned card with a machine id of its own, what the database says is another machine's.
+    replica = Replica(database, ReplicaSettings(node_id=own))
+    replica.open()
+    replica.close()
+    (machine / "machine-id").write_text("f" * 32)
+    assert _configured(machine, "shop.toml", database).node_id == identity.node_id_of("f" * 32 + "/shop")
+
+
+@pytest.mark.parametrize("content", [b"", b"no database", b"SQLite format 3\0" + b"x" * 4080])
+def test_a_database_that_cannot_be_read_does_not_keep_from_choosing(machine: Path, content: bytes) -> None:
+    (machine / "app.db").write_bytes(content)
+    chosen = _configured(machine, "shop.toml", machine / "app.db").node_id
+    assert chosen == identity.node_id_of("0123456789abcdef" * 2 + "/shop")
+    assert (machine / "app.db").read_bytes() == content
+    assert identity.choose("0123456789abcdef" * 2, "shop", machine / ("x" * 300)) == chosen
 
 
 @given(st.text("0123456789abcdef", min_size=32, max_size=32))

@@ -9,7 +9,7 @@ import pytest
 
 from harmonylite.cli.main import main
 from harmonylite.daemon import Daemon
-from harmonylite.stream.server_settings import SettingsError
+from harmonylite.stream.credentials import SettingsError
 
 
 def code_when_start_raises(folder: Path, error: Exception, monkeypatch: pytest.MonkeyPatch, step: str) -> int:

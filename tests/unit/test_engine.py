@@ -13,14 +13,15 @@ from typing import Any
 import apsw
 import pytest
 
-from harmonylite import clock
+from harmonylite import clock, engine
 from harmonylite.clock import StepDetector
 from harmonylite.db.outbox import OutgoingGroup
 from harmonylite.db.replica import Replica, ReplicaSettings
 from harmonylite.db.schema import Schema
-from harmonylite.engine import Engine, Packed
+from harmonylite.engine import Engine
 from harmonylite.model import Delivery, Position
 from harmonylite.observe.metrics import Metrics
+from harmonylite.packing import Packed
 from harmonylite.timekeeping import Timekeeper
 
 DAY_MS = 86_400_000
@@ -199,7 +200,7 @@ def test_a_snapshot_pinned_for_nobody_is_let_go(tmp_path: Path, monkeypatch: pyt
         async with opened(tmp_path) as node:
             node.insert(1, 1_500)
             entered, go_on = threading.Event(), threading.Event()
-            outgoing = node.replica.outgoing
+            outgoing = node.replica.outgoing.read
 
             def slow(after: int = 0, *, on_writer: bool = False) -> Any:
                 found = outgoing(after, on_writer=on_writer)
@@ -208,7 +209,7 @@ def test_a_snapshot_pinned_for_nobody_is_let_go(tmp_path: Path, monkeypatch: pyt
                     go_on.wait(10)
                 return found
 
-            monkeypatch.setattr(node.replica, "outgoing", slow)
+            monkeypatch.setattr(node.replica.outgoing, "read", slow)
             taking = asyncio.create_task(node.engine.take_outgoing(0))
             await asyncio.to_thread(entered.wait, 10)
             taking.cancel()  # the connection is lost while the reader's thread is still at it
@@ -236,10 +237,10 @@ def test_a_failure_while_packing_lets_the_snapshot_go(
             node.insert(rows + 1)
             with monkeypatch.context() as broken:
 
-                def fail(_: OutgoingGroup) -> Packed:
+                def fail(_: OutgoingGroup, **__: object) -> Packed:
                     raise MemoryError("once")
 
-                broken.setattr(node.engine, "_pack", fail)
+                broken.setattr(engine, "pack", fail)
                 with pytest.raises(MemoryError):
                     await node.engine.take_outgoing(0)
             node.insert(rows + 2)
@@ -261,7 +262,7 @@ def test_a_position_that_was_only_noted_is_where_the_next_session_begins(tmp_pat
     run(test())
 
 
-# -- the schema, the audit
+# -- the schema
 
 
 def test_counts_follow_a_table_that_was_dropped(tmp_path: Path) -> None:
@@ -299,27 +300,5 @@ def test_counts_while_a_table_is_being_installed(tmp_path: Path, monkeypatch: py
             go_on.set()
             assert await asking == 0
             await following
-
-    run(test())
-
-
-def test_the_audit_follows_a_table_that_was_dropped(tmp_path: Path) -> None:
-    async def test() -> None:
-        async with opened(tmp_path) as node:
-            node.application.execute("DROP TABLE t")
-            assert await node.engine.audit() == 0
-
-    run(test())
-
-
-def test_the_audit_leaves_a_delete_in_the_log_its_time(tmp_path: Path) -> None:
-    async def test() -> None:
-        async with opened(tmp_path) as node:
-            node.insert(1, age_ms=DAY_MS)
-            await node.engine.absorb()
-            node.application.execute("DELETE FROM t")
-            node.application.execute("UPDATE __harmonylite__t_change_log SET ts = ts - 36000000")
-            assert await node.engine.audit() == 0
-            assert clock.wall_ms() - node.version_ms() >= 36_000_000
 
     run(test())

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import subprocess
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import apsw
 import pytest
@@ -13,11 +16,14 @@ import pytest
 from harmonylite.catchup import CatchUp
 from harmonylite.config.model import Snapshot as Config
 from harmonylite.db import unversioned
+from harmonylite.db.tables import load_state
 from harmonylite.snapshot import install, join
+from harmonylite.snapshot.due import FETCHING
 from harmonylite.snapshot.install import Installer
 from harmonylite.snapshot.join import Joiner
 from harmonylite.snapshot.keeper import SnapshotKeeper
 from harmonylite.snapshot.local import has_unversioned, is_joined
+from harmonylite.snapshot.manifest import Manifest
 from harmonylite.snapshot.state import SnapshotState
 from harmonylite.snapshot.workfiles import WorkFiles
 from tests.unit.snapshot_fakes import FakeLink, Lease, Node, Store, opened, stream
@@ -132,14 +138,14 @@ def test_without_a_snapshot_it_asks_and_waits_for_whoever_is_first(tmp_path: Pat
 
 
 def test_an_installation_that_is_cancelled_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next one would use the same file, and the first might link that one half-made."""
+    """The next one uses the same file, and the first might link that one half-made. What was fetched is kept."""
     begun, go_on = threading.Event(), threading.Event()
     adopt = install.adopt_copy
 
-    def slow(path: Path, node_id: int, *, latest_ms: int) -> None:
+    def slow(path: Path, node_id: int, *, latest_ms: int, cancelled: Callable[[], bool]) -> None:
         begun.set()
         assert go_on.wait(10)
-        adopt(path, node_id, latest_ms=latest_ms)
+        adopt(path, node_id, latest_ms=latest_ms, cancelled=cancelled)
 
     async def main() -> None:
         monkeypatch.setattr(install, "adopt_copy", slow)
@@ -147,6 +153,7 @@ def test_an_installation_that_is_cancelled_is_waited_for(tmp_path: Path, monkeyp
             node.write(1)
             bench = Bench(tmp_path)
             await bench.fill(node)
+            [manifest] = bench.store.manifests
             running = asyncio.create_task(bench.installer.run(bench.link))
             assert await asyncio.to_thread(begun.wait, 10)
             running.cancel()
@@ -155,12 +162,133 @@ def test_an_installation_that_is_cancelled_is_waited_for(tmp_path: Path, monkeyp
             go_on.set()
             with contextlib.suppress(asyncio.CancelledError):
                 await running
+            assert bench.files() == [f".app.db.harmonylite-snapshot-{manifest.id}"]
+            await asyncio.wait_for(bench.installer.run(bench.link), 10)
             assert bench.files() == ["app.db"]
+            assert bench.store.downloads == [manifest.id]
+            assert query(bench.db, "SELECT id FROM t") == [(1,)]
 
     try:
         asyncio.run(main())
     finally:
         go_on.set()
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"no small disk: mount needs root ({mounted.stderr.decode().strip()})")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=False)
+
+
+def test_a_disk_that_fills_up_while_a_first_database_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The daemon waits and says so; the snapshot is not fetched again."""
+    monkeypatch.setattr(install, "TROUBLE_S", 0.02)
+    adopt, tries = install.adopt_copy, [0]
+
+    async def main() -> None:
+        async with opened(tmp_path / "one") as node:
+            node.write(*range(50), text="x" * 3000)
+            while await node.engine.absorb():
+                pass
+            bench = Bench(tmp_path)
+            await bench.fill(node)
+            with small_disk(bench.db.parent, "24m"):
+                ballast = bench.db.parent / "ballast"
+
+                def on_a_full_disk(path: Path, node_id: int, **options: Any) -> None:
+                    tries[0] += 1
+                    if not ballast.exists():
+                        with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                            while file.write(bytes(4096)):
+                                pass
+                    adopt(path, node_id, **options)
+
+                monkeypatch.setattr(install, "adopt_copy", on_a_full_disk)
+                running = asyncio.create_task(bench.installer.run(bench.link))
+                while tries[0] < 3:
+                    assert not running.done(), running
+                    await asyncio.sleep(0.01)
+                assert "database or disk is full" in str(bench.installer._state.catching_up)
+                assert not bench.db.exists()
+                ballast.unlink()
+                monkeypatch.setattr(install, "adopt_copy", adopt)
+                await asyncio.wait_for(running, 10)
+                assert bench.files() == ["app.db"]
+                assert query(bench.db, "SELECT count(*) FROM t") == [(50,)]
+                assert query(bench.db, "PRAGMA integrity_check") == [("ok",)]
+            assert len(bench.store.downloads) == 1
+            assert sum("a first database cannot be" in line for line in caplog.messages) == 1, "not once per try"
+
+    asyncio.run(main())
+
+
+def test_a_snapshot_that_was_fetched_in_part_is_fetched_to_its_end(tmp_path: Path) -> None:
+    """Over a slow link there is a newer one each time; and it is not removed from the store meanwhile."""
+
+    async def main() -> None:
+        async with opened(tmp_path / "one") as node:
+            node.write(1)
+            bench = Bench(tmp_path)
+            await bench.fill(node)
+            [first] = bench.store.manifests
+            stuck = asyncio.Event()
+            whole = bench.store.download
+
+            async def download(manifest: Manifest, path: Path, *_: object) -> None:
+                path.write_bytes(b"a part")
+                stuck.set()
+                await asyncio.Event().wait()
+
+            bench.store.download = download  # type: ignore[method-assign, assignment]
+            running = asyncio.create_task(bench.installer.run(bench.link))
+            await stuck.wait()
+            assert bench.lease.own_wish == (FETCHING + first.id, first.id)
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            await asyncio.sleep(1.0)  # ids have seconds
+            await bench.fill(node)
+            bench.store.download = whole  # type: ignore[method-assign]
+            await asyncio.wait_for(bench.installer.run(bench.link), 10)
+            assert bench.store.downloads == [first.id]
+            assert bench.files() == ["app.db"]
+
+    asyncio.run(main())
+
+
+def test_a_copy_that_lacks_our_tables_is_refused(tmp_path: Path) -> None:
+    """It would fail in the same way each time."""
+
+    async def main() -> None:
+        async with opened(tmp_path / "one") as node:
+            node.write(1)
+            bench = Bench(tmp_path)
+            await bench.fill(node)
+            [manifest] = bench.store.manifests
+            unpacked = WorkFiles(bench.db).unpacked(manifest.id)
+            strange = apsw.Connection(str(unpacked))
+            strange.execute("CREATE TABLE __harmonylite__meta (name, value)")
+            strange.execute("VACUUM")
+            strange.close()
+            with unpacked.open("ab") as file:
+                file.truncate(manifest.size)
+            running = asyncio.create_task(bench.installer.run(bench.link))
+            while bench.lease.own_wish is None:
+                assert not running.done(), running
+                await asyncio.sleep(0.01)
+            assert set(bench.installer._state.refused) == {manifest.id}
+            assert bench.files() == []
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(main())
 
 
 def test_a_damaged_snapshot_makes_no_database(tmp_path: Path) -> None:
@@ -240,6 +368,38 @@ def test_a_snapshot_with_rows_from_before_is_merged_once(tmp_path: Path) -> None
             assert bench.store.downloads == [manifest.id]
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+def test_what_the_log_has_is_not_published_again_by_a_node_that_joins(tmp_path: Path) -> None:
+    """The snapshot is old; what came after it was read from the log, or acknowledged by it."""
+
+    async def main() -> None:
+        async with opened(tmp_path / "one", 1) as one, opened(tmp_path / "two", 2) as two:
+            bench = Bench(tmp_path)
+            await bench.fill(one)
+            two.write(1, 2, text="from before")
+            two.application.execute("DELETE FROM __harmonylite__t_change_log")
+            two.write(*range(10, 60), text="acknowledged since the snapshot")
+            two.application.execute("DELETE FROM t WHERE id = 59")
+            while await two.engine.absorb():
+                pass
+            two.engine.replica.outgoing.mark_published(load_state(two.engine.replica.writer).batch)
+            two.write(70, text="not published yet")
+            await two.at(190)
+            assert await two.engine.pending() == 1
+            state = SnapshotState("nats")
+            joiner = Joiner(two.engine, keeper(two, state), CatchUp(two.engine, WorkFiles(two.path), state))
+            running = asyncio.create_task(joiner.run(bench.link))
+            while not await is_joined(two.engine):
+                await asyncio.sleep(0.01)
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            assert len(bench.store.downloads) == 1
+            assert await two.engine.pending() == 3, "two rows without a version, and what was pending before"
+            assert await two.position() == 190
+            assert len(two.rows()) == 52, "nothing is deleted"
 
     asyncio.run(main())
 

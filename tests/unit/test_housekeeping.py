@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from harmonylite import housekeeping
 from harmonylite.housekeeping import Housekeeper, _every
+from harmonylite.mounts import is_read_only
+from harmonylite.progress import Progress
 from harmonylite.tasks import cancelled
 
 
@@ -80,3 +83,83 @@ def test_only_another_file_in_its_place_means_a_new_start(tmp_path: Path, monkey
         await cancelled(task)
 
     asyncio.run(main())
+
+
+def test_a_file_system_that_turns_read_only_is_told_once_and_so_is_its_recovery(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = tmp_path / "mountinfo"
+    monkeypatch.setattr(housekeeping, "is_read_only", lambda folder: is_read_only(folder, table))
+
+    class Reporter:
+        read_only = False
+
+        def line(self) -> str:
+            return "unhealthy" if self.read_only else "online"
+
+    told: list[str] = []
+    keeper = Housekeeper.__new__(Housekeeper)
+    keeper._db_path = tmp_path / "app.db"
+    reporter = Reporter()
+    keeper._reporter = cast(Any, reporter)
+    keeper._notifier = cast(Any, SimpleNamespace(status=told.append))
+
+    async def main() -> list[bool]:
+        seen = []
+        for options in ("rw,errors=remount-ro", "ro,errors=remount-ro", "ro", "rw,emergency_ro", "rw"):
+            table.write_text(f"22 1 179:2 / / rw,noatime - ext4 /dev/mmcblk0p2 {options}\n")
+            await keeper._look_at_disk()
+            seen.append(reporter.read_only)
+        return seen
+
+    with caplog.at_level(logging.INFO, housekeeping.__name__):
+        assert asyncio.run(main()) == [False, True, True, True, False]
+    assert told == ["unhealthy", "online"]
+    assert [(record.levelname, record.message) for record in caplog.records] == [
+        ("ERROR", "the database's file system is read-only; nothing can be written"),
+        ("WARNING", "the database's file system can be written again"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("connected", "in_step", "forgotten"), [(True, True, [3, 2, 0]), (True, False, []), (False, True, [])]
+)
+def test_tombstones_are_forgotten_only_while_everything_was_read(
+    connected: bool, in_step: bool, forgotten: list[int]
+) -> None:
+    """A log that is new is filled again with them; a row that arrives may be older than one of them."""
+    left, pruned = [3, 2, 0], []
+
+    class Engine:
+        time = SimpleNamespace(server=SimpleNamespace(now_ms=lambda: 1))
+
+        async def prune(self, server_ms: int) -> int:
+            pruned.append(left.pop(0))
+            return pruned[-1]
+
+    keeper = Housekeeper.__new__(Housekeeper)
+    keeper._engine = cast(Any, Engine())
+    keeper._connection = cast(Any, SimpleNamespace(connected=connected))
+    keeper._progress = Progress(in_step=in_step)
+    asyncio.run(keeper._forget_tombstones())
+    assert pruned == forgotten
+
+
+def test_forgetting_ends_with_the_connection() -> None:
+    progress = Progress(in_step=True)
+    pruned = []
+
+    class Engine:
+        time = SimpleNamespace(server=SimpleNamespace(now_ms=lambda: 1))
+
+        async def prune(self, server_ms: int) -> int:
+            pruned.append(server_ms)
+            progress.in_step = False
+            return 2_000
+
+    keeper = Housekeeper.__new__(Housekeeper)
+    keeper._engine = cast(Any, Engine())
+    keeper._connection = cast(Any, SimpleNamespace(connected=True))
+    keeper._progress = progress
+    asyncio.run(keeper._forget_tombstones())
+    assert pruned == [1]

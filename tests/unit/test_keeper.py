@@ -5,17 +5,22 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from harmonylite.config.model import Snapshot as Config
+from harmonylite.model import Delivery, Position, Undecodable, Unread
 from harmonylite.snapshot import keeper, workfiles
-from harmonylite.snapshot.keeper import FETCHING, SnapshotKeeper
+from harmonylite.snapshot.due import FETCHING, MOST
+from harmonylite.snapshot.keeper import SnapshotKeeper
+from harmonylite.snapshot.manifest import Manifest
 from harmonylite.snapshot.state import SnapshotState
 from harmonylite.snapshot.stores.base import StoreRefused, StoreUnavailable
 from harmonylite.snapshot.workfiles import SnapshotFailed, WorkFiles
 from harmonylite.stream.lease import SnapshotRequest
-from tests.unit.snapshot_fakes import STREAM, FakeLink, Lease, Node, Store, opened, stream
+from harmonylite.stream.log import parse_time_ns
+from tests.unit.snapshot_fakes import CREATED, STREAM, FakeLink, Lease, Node, Store, opened, renamed, stream
 
 
 class Bench:
@@ -46,6 +51,11 @@ class Bench:
         """One round; how many snapshots there are."""
         await self.keeper._round(self.link)
         return len(self.store.manifests)
+
+    def again(self) -> None:
+        """As a daemon that has just been started."""
+        self.state.newest, self.keeper._listed_at, self.keeper._not_before = None, None, 0.0
+        self.keeper._due._taken.clear()
 
     def leftovers(self) -> list[str]:
         return [path.name for path in self.node.path.parent.glob(".*")]
@@ -100,6 +110,26 @@ def test_a_node_that_needs_one_gets_one_newer_than_what_it_saw(tmp_path: Path) -
             bench.lease.asked = [SnapshotRequest(2, "damaged", newest, 0)]
             await asyncio.sleep(1.0)  # ids have seconds
             assert await bench.look() == 2
+
+    asyncio.run(main())
+
+
+def test_a_node_that_leaves_out_a_table_lets_others_go_first(tmp_path: Path) -> None:
+    """Else it would take one after the other for a node that wants the table."""
+
+    async def main() -> None:
+        async with opened(tmp_path / "node") as node:
+            bench = Bench(node, tmp_path / "store")
+            await node.at(10)
+            node.application.execute("INSERT INTO __harmonylite__meta VALUES ('left_out', '[\"private\"]')")
+            bench.lease.asked = [SnapshotRequest(2, "a gap", "", 0)]
+            assert await bench.look() == 1, "it may be of use there"
+            taken = bench.store.manifests[0]
+            bench.lease.asked = [SnapshotRequest(2, "of no use", taken.id, 0)]
+            await asyncio.sleep(1.0)  # ids have seconds
+            assert await bench.look() == 1
+            node.engine.time.server.now_ms = lambda: taken.created_ms + 700_000  # type: ignore[method-assign]
+            assert await bench.look() == 2, "nobody else could"
 
     asyncio.run(main())
 
@@ -162,6 +192,189 @@ def test_a_row_that_was_parked_just_before_the_copy(tmp_path: Path, monkeypatch:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("in_the_copy", [False, True], ids=["before", "seen in the copied view"])
+def test_a_node_that_could_not_read_a_message_takes_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_the_copy: bool
+) -> None:
+    """Who merges its snapshot would go on after that message, and never read it."""
+
+    async def main() -> None:
+        async with opened(tmp_path / "node") as node:
+            bench = Bench(node, tmp_path / "store")
+            message = Undecodable(150, b"HL", "format 9 is unknown", Unread(1, 2, joined=False))
+            await node.engine.apply(Delivery(Position(STREAM, CREATED, 150, 150_000), (), (message,)))
+            if in_the_copy:  # it came after the first look
+                monkeypatch.setattr(type(node.engine.replica.completeness), "incomplete", None)
+            else:
+                monkeypatch.setattr(bench.files, "copy", tmp_path / "nowhere" / "copy")  # nothing can be copied there
+            bench.ends[STREAM] = 150
+            assert await bench.look() == 0
+            with pytest.raises(SnapshotFailed, match=r"1 message could not be read by this version.*upgrade"):
+                await bench.keeper.save()
+            assert bench.state.failure is None, "that is no failure"
+            assert bench.leftovers() == []
+            assert not bench.lease.held
+            monkeypatch.undo()
+            await node.engine.write(node.engine.replica.completeness.declare_complete)
+            assert await bench.look() == 1
+
+    asyncio.run(main())
+
+
+def test_a_damaged_message_keeps_no_snapshot_back(tmp_path: Path) -> None:
+    """No version can ever read it: all others have as little of it."""
+
+    async def main() -> None:
+        async with opened(tmp_path / "node") as node:
+            bench = Bench(node, tmp_path / "store")
+            damaged = Undecodable(150, b"?", "a wrong checksum")
+            await node.engine.apply(Delivery(Position(STREAM, CREATED, 150, 150_000), (), (damaged,)))
+            bench.ends[STREAM] = 150
+            assert await bench.look() == 1
+
+    asyncio.run(main())
+
+
+def test_a_hole_outlasts_a_restart(tmp_path: Path) -> None:
+    """Messages were missed while snapshots were off; then they are switched on."""
+
+    async def main() -> None:
+        async with opened(tmp_path / "node") as node:
+            await node.at(99)
+            await node.engine.write(
+                lambda: node.engine.replica.completeness.note_hole("stream s: messages 11 to 99 were discarded")
+            )
+        async with opened(tmp_path / "node") as node:
+            bench = Bench(node, tmp_path / "store")
+            bench.ends[STREAM] = 200
+            assert await bench.look() == 0
+            with pytest.raises(SnapshotFailed, match="11 to 99"):
+                await bench.keeper.save()
+
+    asyncio.run(main())
+
+
+def from_the_future(bench: Bench, **changes: Any) -> Manifest:
+    """What is in the store, as a server dated it whose clock was 73 years ahead."""
+    [real] = bench.store.manifests
+    ahead = real.created_ms + 73 * 365 * 86_400_000
+    return renamed(real, "20991124T074500Z-7-1a2b3c4d", created_ms=ahead, **changes)
+
+
+@pytest.mark.parametrize("config", [{"interval": 1_000}, {}], ids=["interval", "messages"])
+def test_a_snapshot_from_the_future_keeps_none_waiting(tmp_path: Path, config: dict[str, int]) -> None:
+    async def main() -> None:
+        async with opened(tmp_path / "node") as node:
+            bench = Bench(node, tmp_path / "store", **config)
+            bench.ends[STREAM] = 100
+            await node.at(100)
+            assert await bench.look() == 1
+            bench.store.manifests = [from_the_future(bench)]
+            bench.again()
+            bench.ends[STREAM] = 300
+            assert await bench.look() == 2
+            assert bench.keeper.age_s() is not None
+            assert bench.state.newest is not None
+            assert bench.state.newest.id < "2099", "status shows the one with a date that can be"
+            bench.keeper._listed_at = None
+            assert await bench.look() == 2, "that one counts"
+
+    asyncio.run(main())
+
+
+def test_a_snapshot_from_the_future_pushes_no_good_one_out(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(tmp_path / "node") as node:
+            bench = Bench(node, tmp_path / "store", retain=2)
+            await bench.keeper.save()
+            future = from_the_future(bench)
+            bench.store.manifests = [future, renamed(future, "20991124T074501Z-7-1a2b3c4d")]
+            first = await bench.keeper.save()
+            assert first in bench.store.manifests
+            assert len(bench.store.manifests) == 2
+            await asyncio.sleep(0.01)
+            second = await bench.keeper.save()
+            assert {each.id for each in bench.store.manifests} == {first.id, second.id}
+
+    asyncio.run(main())
+
+
+def test_the_one_just_stored_stays_whatever_is_listed(tmp_path: Path) -> None:
+    """The server's clock went back by less than is believed of a date: all others look newer."""
+
+    async def main() -> None:
+        async with opened(tmp_path / "node") as node:
+            bench = Bench(node, tmp_path / "store", retain=1)
+            first = await bench.keeper.save()
+            bench.store.manifests = [replace(first, created_ms=first.created_ms + 30_000)]
+            second = await bench.keeper.save()
+            assert second in bench.store.manifests
+
+    asyncio.run(main())
+
+
+def test_requests_that_nothing_answers_wear_no_card(tmp_path: Path) -> None:
+    """Whatever is asked for and listed, only so many are taken in ten minutes."""
+
+    async def main() -> None:
+        async with opened(tmp_path / "node") as node:
+            bench = Bench(node, tmp_path / "store")
+            await node.at(10)
+            for request in ("20991124T074500Z-7-1a2b3c4d", "no id at all"):
+                bench.again()
+                bench.store.manifests = []
+                bench.lease.asked = [SnapshotRequest(2, "a gap", request, 0)]
+                before = node.engine.metrics.snapshots_taken.value
+                for _ in range(8):
+                    await bench.look()
+                    bench.state.newest, bench.keeper._listed_at = None, None
+                    if request == "no id at all":
+                        bench.store.manifests = []  # it is lost each time
+                taken = node.engine.metrics.snapshots_taken.value - before
+                assert taken == (1 if request.startswith("2099") else MOST)
+
+    asyncio.run(main())
+
+
+def test_what_is_left_of_torn_uploads_makes_room_first(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(tmp_path / "node") as node:
+            bench = Bench(node, tmp_path / "store", retain=3)
+            first = await bench.keeper.save()
+            size = first.stored_size
+            bench.store.given_up = {"20261124T074500Z-9-1a2b3c4d": size}
+            bench.store.room = 2 * size + size // 2
+            await asyncio.sleep(0.01)
+            second = await bench.keeper.save()
+            assert {each.id for each in bench.store.manifests} == {first.id, second.id}
+            assert bench.store.given_up == {}
+
+    asyncio.run(main())
+
+
+def test_a_log_alone_does_not_know_what_was_forgotten_before_it_began(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(tmp_path / "node") as node:
+            bench = Bench(node, tmp_path / "store")
+            await node.at(10)
+            created_ms = parse_time_ns(CREATED) // 1_000_000
+            now_ms = created_ms + 10**9
+            node.engine.time.server.now_ms = lambda: now_ms  # type: ignore[method-assign]
+            retention_ms = node.engine.replica.tombstone_retention_ms
+            assert (await bench.keeper.save()).tombstones_since_ms == created_ms - retention_ms
+            now_ms = created_ms - 10**9  # the log was made while the server's clock was ahead
+            assert (await bench.keeper.save()).tombstones_since_ms == now_ms - retention_ms
+            replica = node.engine.replica
+            await node.engine.write(
+                lambda: replica.judge(
+                    lambda _: replica.completeness.arrive((), synced_at_ms=0, tombstones_since_ms=created_ms)
+                )
+            )
+            assert (await bench.keeper.save()).tombstones_since_ms == created_ms, "what it knows of itself counts"
+
+    asyncio.run(main())
+
+
 def test_the_lease_is_lost_while_storing(tmp_path: Path) -> None:
     """Another node may have begun: what is under way is given up, its files are removed, nothing is listed."""
 
@@ -214,6 +427,41 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert await bench.look() == 0, "not at once again"
             await bench.keeper.save()
             assert bench.state.failure is None
+
+    asyncio.run(main())
+
+
+def test_a_damaged_database_is_not_stored(tmp_path: Path) -> None:
+    """Its digest would fit, and every node that needs a snapshot would fetch it, refuse it and ask for another."""
+
+    async def main() -> None:
+        async with opened(tmp_path / "node") as node:
+            node.application.execute("CREATE TABLE large (id INTEGER PRIMARY KEY, v)")
+            node.application.execute("INSERT INTO large VALUES (1, zeroblob(300000))")
+            bench = Bench(node, tmp_path / "store")
+            await node.at(10)
+            while await node.engine.absorb():
+                pass
+            node.application.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            ((root,),) = node.application.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'large'")
+            with node.path.open("r+b") as file:
+                file.seek((root - 1) * 4096)
+                file.write(b"\xff" * 4096)
+            with pytest.raises(SnapshotFailed, match=r"this node's database .* is damaged: .*disaster-recovery"):
+                await bench.keeper.save()
+            assert bench.store.manifests == []
+            assert bench.leftovers() == []
+            assert "is damaged" in (bench.state.failure or "")
+            assert await bench.look() == 0, "it tries again later"
+            node.write(1)
+            ((root,),) = node.application.execute(
+                "SELECT rootpage FROM sqlite_schema WHERE name = '__harmonylite__t_version'"
+            )
+            with node.path.open("r+b") as file:
+                file.seek((root - 1) * 4096)
+                file.write(b"\xff" * 4096)
+            with pytest.raises(SnapshotFailed, match=r"this node's database .* is damaged: .*disaster-recovery"):
+                await bench.keeper.save()
 
     asyncio.run(main())
 

@@ -1,10 +1,10 @@
-"""What the operator is told of the lag."""
+"""What the operator is told of the lag, and of what is too large for its stream."""
 
 from __future__ import annotations
 
 import pytest
 
-from harmonylite.report import LAG_LASTS_S, present_lag
+from harmonylite.report import LAG_LASTS_S, held_rows, present_lag
 
 
 @pytest.mark.parametrize(
@@ -19,3 +19,12 @@ from harmonylite.report import LAG_LASTS_S, present_lag
 )
 def test_a_lag_is_shown_while_it_lasts(last_s: float | None, age_s: float, behind: bool, shown: float | None) -> None:
     assert present_lag(last_s, age_s, behind=behind) == shown
+
+
+def test_what_is_held_is_told_as_long_as_it_is_held() -> None:
+    refused = {7: "2 rows of item are not published: ..", 9: "one that was sent since"}
+    assert list(held_rows({7: 2}, refused)) == ["2 rows of item are not published: .."]
+    assert list(held_rows({}, refused)) == []
+    # After a restart, before the stream was asked again.
+    [text] = held_rows({7: 2, 8: 3}, {})
+    assert text.startswith("5 rows of a transaction are not published: the stream could not hold it")

@@ -5,24 +5,24 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import pytest
 
-from harmonylite import replication
+from harmonylite import clock, replication
 from harmonylite.catchup import Gap
 from harmonylite.db.database import PositionsLostError
-from harmonylite.engine import Packed
 from harmonylite.model import Delivery, Position, Undecodable
 from harmonylite.observe.metrics import Metrics
 from harmonylite.pace import AIM_S, Pace
+from harmonylite.packing import Packed
 from harmonylite.progress import Mode, Progress, Wakeup
 from harmonylite.replication import BeginAgain, Session
 from harmonylite.stream.consumer import GapFound
-from harmonylite.stream.log import ApiError, LogError, LogSettings, StreamState
-from harmonylite.stream.publisher import GroupTooLarge, Published, PublishFailed
+from harmonylite.stream.log import LogError, LogSettings, StreamState
+from harmonylite.stream.publisher import Published
 from harmonylite.stream.pull import PULL_EXPIRES_S
+from harmonylite.timekeeping import Timekeeper
 
 SETTINGS = LogSettings(node_id=1)
 OWN = SETTINGS.own_stream
@@ -61,6 +61,12 @@ class Database:
     async def write(self, job: Callable[[], object]) -> object:
         return job()
 
+    incomplete: str | None = None
+
+    def note_hole(self, text: str) -> None:
+        self.incomplete = text
+        self.events.append("hole noted")
+
     def start_over(self, position: Position) -> None:
         self.events.append(f"started over at {position.sequence}")
 
@@ -74,8 +80,19 @@ class Database:
         self.events.append(f"applied {delivery.position.sequence}")
         self.applied.append(delivery)
 
-    def published(self, packed: Packed) -> None:
+    async def published(self, packed: Packed) -> None:
         self.events.append(f"published {packed.through}")
+
+
+class ServerTime:
+    """The server's clock is not known."""
+
+    @property
+    def server(self) -> ServerTime:
+        return self
+
+    def now_ms(self) -> None:
+        return None
 
 
 class Stream:
@@ -120,8 +137,9 @@ async def acknowledge(made: Session, through: int, *sequences: int) -> None:
     async def acknowledged() -> Published:
         return Published(OWN, sequences, 1)
 
-    made._in_flight.append((Packed(through, b"", 1, 0, through, False), asyncio.create_task(acknowledged())))
-    await made._settle(wait=True)
+    group = Packed(through, b"", 1, 0, through, False, lo=through, hi=through)
+    made._publishing._in_flight.append((group, asyncio.create_task(acknowledged())))
+    await made._publishing._settle(wait=True)
 
 
 def test_messages_that_cannot_be_read_are_handed_on_while_a_group_is_open() -> None:
@@ -218,90 +236,6 @@ def test_a_stream_whose_position_was_lost_is_read_again(monkeypatch: pytest.Monk
     asyncio.run(main())
 
 
-def packed(through: int) -> Packed:
-    return Packed(through, b"x" * 10, 1, 0, through, False, ("item",))
-
-
-async def outcome(made: Session, through: int, result: Published | PublishFailed) -> None:
-    async def publication() -> Published:
-        if isinstance(result, PublishFailed):
-            raise result
-        return result
-
-    made._in_flight.append((packed(through), asyncio.create_task(publication())))
-    await made._settle(wait=True)
-
-
-def test_a_group_that_the_stream_cannot_hold_stays_and_holds_up_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    async def main() -> None:
-        database = Database()
-        made = session(database, Mode(replicate=False))
-        too_large = GroupTooLarge(2, OWN, 5_000, 1_000)
-        await outcome(made, 1, Published(OWN, (1,), 10))
-        for _ in range(2):
-            await outcome(made, 2, too_large)
-            await outcome(made, 3, Published(OWN, (2,), 10))
-            made._publish_trouble.begin_again()
-        # The third was handed on, but what comes before it is pending.
-        assert database.events == ["published 1"]
-        (text,) = made._progress.refused.values()
-        assert text == f"1 rows of item are not published: together they take 5000 bytes, stream {OWN} holds 1000"
-        await outcome(made, 2, Published(OWN, (3,), 10))
-        await outcome(made, 3, Published(OWN, (4,), 10))
-        assert database.events == ["published 1", "published 2", "published 3"]
-        made._publish_trouble.all_done()
-        assert made._progress.refused == {}
-
-    asyncio.run(main())
-    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
-    fields = cast(Any, record).fields
-    assert (fields["tables"], fields["rows"], fields["bytes"], fields["stream_max_bytes"]) == (
-        ["item"],
-        1,
-        5_000,
-        1_000,
-    )
-    assert "max_store" in fields["to_do"]
-
-
-def test_a_stream_that_holds_more_now_gets_what_it_refused() -> None:
-    async def main() -> None:
-        database = Database()
-        made = session(database, Mode(replicate=False))
-        state = StreamState(OWN, "created", 1, 9, 9, 0, None, 0.0, max_bytes=1_000)
-        made._take_note(state)
-        await outcome(made, 2, GroupTooLarge(2, OWN, 5_000, 1_000))
-        made._take_note(state)
-        assert not made._begin_again
-        made._take_note(replace(state, max_bytes=9_000))
-        assert made._begin_again
-        assert await made._wakeup.wait(0)
-        assert database.events == ["groups up to 500", "groups up to 500", "groups up to 4500"]
-
-    asyncio.run(main())
-
-
-def test_the_status_says_that_publishing_is_refused_until_that_very_group_is_stored() -> None:
-    async def main() -> None:
-        made = session(Database(), Mode(replicate=False))
-        refusal = PublishFailed("group 2 was not acknowledged: insufficient storage")
-        refusal.__cause__ = ApiError("a message", 503, 10023, "insufficient storage")
-        with pytest.raises(PublishFailed):
-            await outcome(made, 2, refusal)
-        said = "publishing is refused: group 2 was not acknowledged: insufficient storage"
-        assert made._progress.error == said
-        await outcome(made, 1, Published(OWN, (1,), 10))
-        assert made._progress.error == said
-        await outcome(made, 2, Published(OWN, (2,), 10))
-        assert made._progress.error is None
-        made._publish_trouble.late(packed(3), 10)
-        assert "not acknowledged for 10 s" in (made._progress.error or "")
-        await outcome(made, 3, Published(OWN, (3,), 10))
-        assert made._progress.error is None
-
-    asyncio.run(main())
-
-
 def test_what_is_read_at_a_time_follows_how_long_the_lock_was_held() -> None:
     async def main() -> None:
         database = Database()
@@ -311,6 +245,22 @@ def test_what_is_read_at_a_time_follows_how_long_the_lock_was_held() -> None:
         with pytest.raises(LogError):
             await made._follow(cast(Any, stream), OWN, 0)
         assert stream.asked[:3] == [(4, 64_000), (1, 16_000), (1, 16_000)]
+
+    asyncio.run(main())
+
+
+def test_it_looks_now_and_then_whether_what_was_too_large_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        made = session(Database())
+
+        async def look() -> None:
+            raise LogError("looked")
+
+        monkeypatch.setattr(replication, "CLOCK_INTERVAL_S", 0.0)
+        monkeypatch.setattr(made._engine, "time", ServerTime(), raising=False)
+        monkeypatch.setattr(made._publishing, "look_at_held", look)
+        with pytest.raises(LogError, match="looked"):
+            await made._keep_time(())
 
     asyncio.run(main())
 
@@ -394,9 +344,111 @@ def test_without_snapshots_everything_is_published_again_and_the_hole_is_told(
         made = session(database)
         position = await made._bridge(GapFound(OWN, 11, 50, "messages 11 to 49 were discarded"))
         assert position.sequence == 49
-        assert database.events[-1] == "started over at 49"
-        assert made._progress.hole is not None
-        assert "11 to 49" in made._progress.hole
+        assert database.events[-2:] == ["hole noted", "started over at 49"], "known even if killed in between"
+        assert database.incomplete is not None
+        assert "11 to 49" in database.incomplete
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("found", "goes_on"), [(13, 12), (None, 90)])
+def test_without_snapshots_reading_goes_on_behind_a_hole_in_the_middle(
+    stream_is: Callable[[int, int], None], found: int | None, goes_on: int
+) -> None:
+    """From the log's beginning it would come to the same hole again, and publish everything each time."""
+
+    async def main() -> None:
+        stream_is(1, 90)
+        database = Database()
+        database.at = Position(OWN, "created", 10)
+        position = await session(database)._bridge(GapFound(OWN, 11, found, "messages are missing"))
+        assert position.sequence == goes_on
+        assert database.incomplete is not None
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("first", "is_hole"), [(1, False), (0, False), (50, True)])
+def test_without_snapshots_a_log_that_is_filled_again_from_its_first_message_leaves_no_hole(
+    stream_is: Callable[[int, int], None], first: int, is_hole: bool
+) -> None:
+    async def main() -> None:
+        stream_is(first, 90)
+        database = Database()
+        database.at = Position(OWN, "created", 100)
+        await session(database)._bridge(GapFound(OWN, 101, None, "the stream ends at 90, before 100", lost=True))
+        assert (database.incomplete is not None) == is_hole
+        assert database.events[-1].startswith("started over")
+
+    asyncio.run(main())
+
+
+def test_synced_is_what_was_stored_before_the_streams_ends_were_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message that came while they answered may not have been read."""
+
+    async def main() -> None:
+        made = session(Database())
+        timekeeper = Timekeeper(60_000, synchronized=lambda: True)
+        made._engine.time = timekeeper
+
+        async def slow_streams(*_: object) -> tuple[StreamState, ...]:
+            await asyncio.sleep(0.05)
+            return (StreamState(OWN, "created", 1, 9, 9, 0, clock.wall_ms(), 0.0),)
+
+        async def learn(states: Sequence[StreamState]) -> None:
+            [state] = states
+            assert state.server_ms is not None
+            timekeeper.commit(timekeeper.propose(timekeeper.heard(state.server_ms, 0.0)))
+            await asyncio.sleep(0.05)
+
+        monkeypatch.setattr(replication, "ensure_streams", slow_streams)
+        monkeypatch.setattr(made, "_learn_time", learn)
+        monkeypatch.setattr(made, "_take_note", lambda _: None)
+        before_ms = clock.wall_ms()
+        await made._open_streams()
+        assert made._connected_ms is not None
+        assert before_ms - 10 <= made._connected_ms <= before_ms + 10
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_it_is_in_step_from_the_streams_ends_until_the_session_ends(
+    monkeypatch: pytest.MonkeyPatch, reads: bool
+) -> None:
+    async def main() -> None:
+        made = session(Database(), Mode(replicate=reads, publish=False))
+        seen: list[bool] = []
+
+        class Watched(Stream):
+            async def read(self, **limits: Any) -> Delivery:
+                seen.append(made._progress.in_step)
+                return await super().read(**limits)
+
+        state = StreamState(OWN, "created", 1, 2, 2, 0, None, 0.0)
+
+        async def streams(*_: object) -> tuple[StreamState, ...]:
+            return (state,)
+
+        async def nothing(*_: object) -> None:
+            seen.append(made._progress.in_step)
+
+        async def keep_time(_: object) -> None:
+            seen.append(made._progress.in_step)
+            if not reads:
+                raise LogError("the end")
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(made, "_open_streams", streams)
+        monkeypatch.setattr(replication, "read_again", nothing)
+        monkeypatch.setattr(made, "_keep_time", keep_time)
+        monkeypatch.setattr(made, "_consumer", lambda *_: Watched([at(1), at(2), at(2)]))
+        monkeypatch.setattr(made._publishing, "stop", nothing)
+        with pytest.raises(LogError):
+            await made.run()
+        # With the end reached, the last two reads; after that `stop`.
+        assert seen == ([False, False, False, False, True, True, False] if reads else [True, False])
+        assert not made._progress.in_step
 
     asyncio.run(main())
 

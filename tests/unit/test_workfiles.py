@@ -94,12 +94,12 @@ def test_what_a_killed_daemon_leaves_is_found_or_removed(tmp_path: Path) -> None
     db = tmp_path / "app[1]*.db"
     files, others = WorkFiles(db), WorkFiles(tmp_path / "app.db")
     db.touch()
-    useful = [files.download(ID), files.unpacked(OTHER)]
+    useful = [files.download(ID), Path(f"{files.unpacked(ID)}.part"), files.unpacked(OTHER)]
     useless = [
         files.copy,
         files.packed,
         files.adopted,
-        Path(f"{files.unpacked(ID)}.part"),
+        Path(f"{files.unpacked('20261124T074502Z-7-1a2b3c4d')}.part"),
         Path(f"{files.copy}-journal"),
     ]
     foreign = [others.copy, others.download(ID), tmp_path / ".app[1]*.db.else"]
@@ -110,8 +110,77 @@ def test_what_a_killed_daemon_leaves_is_found_or_removed(tmp_path: Path) -> None
     files.tidy()
     assert sorted(tmp_path.iterdir()) == sorted([db, *useful, *foreign])
     assert files.downloads() == [OTHER, ID]
-    files.keep_only(ID)
-    assert sorted(tmp_path.iterdir()) == sorted([db, files.download(ID), *foreign])
+    asyncio.run(files.keep_only(ID))
+    assert sorted(tmp_path.iterdir()) == sorted([db, *useful[:2], *foreign])
+
+
+def test_unpacking_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after a power cut that left something else of the last bytes."""
+    data = content(tmp_path / "plain", 8 << 20)
+    pack(tmp_path / "plain", tmp_path / "packed", threading.Event(), ignore)
+    part, again = tmp_path / "again.part", tmp_path / "again"
+    written: list[int] = []
+    write = workfiles._write
+    monkeypatch.setattr(workfiles, "_write", lambda file, piece: (written.append(len(piece)), write(file, piece)))
+
+    def unpack_for(size: int) -> None:
+        stop = threading.Event()
+        unpack(tmp_path / "packed", again, len(data), stop, lambda done, _: stop.set() if done >= size else None)
+
+    with pytest.raises(Stopped):
+        unpack_for(3 << 20)
+    assert not again.exists()
+    assert part.read_bytes() == data[: sum(written)]
+    with part.open("r+b") as torn:
+        torn.seek(-4096, os.SEEK_END)
+        torn.write(bytes([1]) * 4096)
+    first, written[:] = sum(written), []
+    with pytest.raises(Stopped):
+        unpack_for(5 << 20)
+    assert sum(written) < first, "what was there is not written again"
+    with part.open("ab") as longer:
+        longer.write(bytes([2]) * (8 << 20))
+    unpack(tmp_path / "packed", again, len(data), threading.Event(), ignore)
+    assert again.read_bytes() == data
+    assert not part.exists()
+
+
+def test_large_files_are_removed_beside_the_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And whoever is cancelled meanwhile leaves nobody behind who would remove the next one's file."""
+    mine, folder = tmp_path / "mine", tmp_path / "folder"
+    inside, go_on = threading.Event(), threading.Event()
+    unlink = workfiles._remove
+
+    def slowly(paths: list[Path]) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        inside.set()
+        assert go_on.wait(10)
+        unlink(paths)
+
+    monkeypatch.setattr(workfiles, "_remove", slowly)
+
+    async def main() -> None:
+        for path in (mine, Path(f"{mine}-wal"), Path(f"{mine}-journal")):
+            path.write_text("old")
+        folder.mkdir()
+        (folder / "in it").touch()
+        removing = asyncio.create_task(workfiles.remove(mine, folder, tmp_path / "never there"))
+        while not inside.is_set():
+            await asyncio.sleep(0.001)
+        removing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await removing
+        assert not mine.exists()
+        mine.write_text("new")
+        folder.mkdir()
+        go_on.set()
+
+    try:
+        asyncio.run(main())
+    finally:
+        go_on.set()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "mine"]
+    assert mine.read_text() == "new"
 
 
 def test_a_disk_without_room_is_told_from_one_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

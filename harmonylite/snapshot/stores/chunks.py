@@ -32,6 +32,7 @@ from harmonylite.stream.log import (
     StreamUnavailable,
     api_message,
     api_request,
+    ask_time,
     parse_time_ns,
     raise_error,
 )
@@ -120,9 +121,16 @@ class ChunkStream:
         return await self._info({}) is not None
 
     async def now_ms(self) -> int | None:
-        """The server's clock, None before server 2.10."""
+        """The server's clock; None if it is from before 2.10 and this node may not ask it, or there is no stream."""
         info = await self._info({})
-        return None if info is None or "ts" not in info else parse_time_ns(info["ts"]) // 1_000_000
+        if info is None:
+            return None
+        if "ts" in info:
+            return parse_time_ns(info["ts"]) // 1_000_000
+        try:
+            return (await ask_time(self._client(), self._settings)).now_ms()
+        except LogError:
+            return None
 
     async def names(self, pattern: str) -> set[str]:
         """What stands for the wildcards of `pattern` (`manifest.*`), for each message that there is."""

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
-from harmonylite.snapshot.manifest import Manifest
+from harmonylite import clock
+from harmonylite.snapshot.manifest import Manifest, in_order
 from harmonylite.snapshot.stores.base import (
     CorruptSnapshot,
     Ids,
@@ -24,31 +26,50 @@ from harmonylite.snapshot.stores.files import in_thread
 
 log = logging.getLogger(__name__)
 
+# A snapshot may be dated so far ahead of what is known of the time.
+AHEAD_MS = 3_600_000
+
 
 class MirroredStore:
-    """A SnapshotStore made of two, the second of which keeps the newest `retain`."""
+    """A SnapshotStore made of two, the second of which keeps the newest `retain`.
 
-    def __init__(self, first: SnapshotStore, second: SnapshotStore, *, retain: int) -> None:
+    listed: told by each `list` whether what it gave is from the second. now_ms: the time by the clock that dates
+    snapshots, the server's where it is known: this machine's own may be days behind.
+    """
+
+    def __init__(
+        self,
+        first: SnapshotStore,
+        second: SnapshotStore,
+        *,
+        retain: int,
+        listed: Callable[[bool], None] = lambda from_second: None,
+        now_ms: Callable[[], int] = clock.wall_ms,
+    ) -> None:
         self._first = first
         self._second = second
         self._retain = retain
+        self._listed = listed
+        self._now_ms = now_ms
 
     async def list(self) -> Manifests:
         """What the first store has; what the second has if the first has nothing, or fails."""
+        found: Manifests = []
+        rescued: Manifests = []
         try:
             found = await self._first.list()
         except StoreError:
             with contextlib.suppress(StoreError):
-                if rescued := await self._second.list():
-                    return rescued
-            raise
-        if found:
-            return found
-        try:
-            return await self._second.list()
-        except StoreError as error:
-            log.info("mirror could not be asked", extra={"fields": {"error": str(error)}})
-            return []
+                rescued = await self._second.list()
+            if not rescued:
+                raise
+        if not found and not rescued:
+            try:
+                rescued = await self._second.list()
+            except StoreError as error:
+                log.info("mirror could not be asked", extra={"fields": {"error": str(error)}})
+        self._listed(bool(rescued))
+        return found or rescued
 
     async def upload(self, manifest: Manifest, path: Path, progress: Progress = no_progress) -> None:
         """To the first store."""
@@ -83,11 +104,15 @@ class MirroredStore:
         present = await self._second.list()
         mine = await self._first.list()
         known = {manifest.id: manifest for manifest in (*present, *mine)}
-        kept = sorted(known.values(), key=Manifest.sort_key, reverse=True)[: self._retain]
+        # The second store prunes by date alone, and would keep what a server dated whose clock was ahead.
+        latest_ms = self._now_ms() + AHEAD_MS
+        kept = in_order(known.values(), latest_ms)[: self._retain]
         copied: Ids = []
         for manifest in kept:
             if manifest not in present and await self._copy(manifest, folder, progress):
                 copied.append(manifest.id)
+        for manifest in in_order(await self._second.list(), latest_ms)[self._retain :]:
+            await self._second.delete(manifest.id)
         await self._second.prune(self._retain)
         return copied
 

@@ -158,9 +158,7 @@ class S3Store:
         if not done:
             await cancelled(reading)
             where = self._settings.endpoint or "AWS"
-            raise StoreUnavailable(
-                f"S3 at {where} moved nothing for {self._limits.patience_s:g} s; it is tried again later"
-            )
+            raise StoreUnavailable(f"S3 at {where} moved nothing for {self._limits.patience_s:g} s")
         line = reading.result()
         if not line.endswith(b"\n"):
             return {}

@@ -86,7 +86,7 @@ def _do(request: dict[str, Any], answers: Answers) -> Any:
         from harmonylite.snapshot.stores.s3_service import Service
     except ModuleNotFoundError as error:
         raise StoreRefused(
-            f"snapshots in S3 need boto3 ({error}): pip install 'harmonylite[s3]', or apt install python3-boto3"
+            f"S3 needs boto3 ({error}): apt install python3-boto3, or in a virtual environment pip install boto3"
         ) from None
     bound_send_buffers()
     service = Service(Bucket(Place(**request["place"]), answers.alive), answers.alive, answers.progress)

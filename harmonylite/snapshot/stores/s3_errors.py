@@ -55,11 +55,11 @@ def explain(error: Exception, where: str) -> StoreError:
     if isinstance(error, exceptions.SSLError):
         return _tls(error, where, detail)
     if isinstance(error, exceptions.ConnectTimeoutError | exceptions.ReadTimeoutError):
-        return StoreUnavailable(f"{where} does not answer in time; it is tried again later")
+        return StoreUnavailable(f"{where} does not answer in time")
     if isinstance(error, exceptions.ConnectionError | exceptions.HTTPClientError | HTTPError):
-        return StoreUnavailable(f"{where} cannot be reached, or hung up; it is tried again later ({detail})")
+        return StoreUnavailable(f"{where} cannot be reached, or hung up ({detail})")
     if isinstance(error, exceptions.IncompleteReadError):
-        return StoreUnavailable(f"{where} hung up; it is tried again later ({detail})")
+        return StoreUnavailable(f"{where} hung up ({detail})")
     if isinstance(error, exceptions.BotoCoreError | ValueError):
         return StoreRefused(f"{where}: {detail}: check [snapshot.s3]")
     return StoreUnavailable(f"{where}: {detail}")
@@ -72,13 +72,13 @@ def _refusal(error: exceptions.ClientError, where: str) -> StoreError:
     if code in _CREDENTIALS:
         return StoreRefused(f"{where} {_CREDENTIALS[code]}")
     if code == "RequestTimeTooSkewed":
-        return StoreUnavailable(f"{where} refuses this device's clock, which is wrong; it is tried again later")
+        return StoreUnavailable(f"{where} refuses this device's clock, which is wrong")
     if code in _FULL or status == 507:
         return StoreFull(f"{where} has no room ({code}): lower [snapshot] retain, or enlarge the bucket's quota")
     if code in _NO_OBJECT:
         return SnapshotMissing(f"{where} holds no such snapshot any more")
     if code in _BUSY or status >= 500:
-        return StoreUnavailable(f"{where} answers {code} ({status}): it is tried again later")
+        return StoreUnavailable(f"{where} answers {code} ({status})")
     if status in (401, 403):
         return StoreRefused(f"{where} {_CREDENTIALS['AccessDenied']}")
     return StoreRefused(f"{where} refuses {error.operation_name} with {code} ({status}): {message}")
@@ -91,7 +91,7 @@ def _tls(error: Exception, where: str, detail: str) -> StoreError:
         )
     if "WRONG_VERSION_NUMBER" in detail:
         return StoreRefused(f"{where} does not speak TLS: set [snapshot.s3] use_ssl = false, or another port")
-    return StoreUnavailable(f"{where} broke off the TLS connection; it is tried again later ({detail})")
+    return StoreUnavailable(f"{where} broke off the TLS connection ({detail})")
 
 
 def _detail(error: Exception) -> str:

@@ -1,0 +1,59 @@
+"""Held batches: what a stream refused because it is larger than the stream.
+
+Their rows have the batch HELD + b instead of b. So they are pending wherever that is asked (`batch > published_batch`),
+although the watermark passes b; what lies behind them is acknowledged once and for all, and no later write is joined to
+them: a row that is written again leaves them with its new version. They are tried again when a connection begins, or
+something has changed that lets them through.
+"""
+
+from __future__ import annotations
+
+import apsw
+
+from harmonylite.db.schema import Schema
+from harmonylite.db.sql import integer, rows, version_table
+
+# Every number above this is that of a held batch: a node that absorbs a thousand times a second gets there in 30 years.
+HELD = 1 << 40
+_NO_BATCH = (1 << 62) - 1
+
+
+def is_held(batch: int) -> bool:
+    return batch > HELD
+
+
+def reach(after: int) -> int:
+    """Batches after `after` are read up to before this one: ordinary ones by themselves, held ones too."""
+    return HELD if after < HELD else _NO_BATCH
+
+
+def hold(connection: apsw.Connection, schema: Schema, batch: int) -> int:
+    """The rows that are still in a batch wait until it fits. Returns how many."""
+    if is_held(batch):
+        names = [version_table(table.name) for table in schema.tables.values()]
+        return sum(integer(connection, f"SELECT count(*) FROM {name} WHERE batch = ?", (batch,)) for name in names)
+    return renumber(connection, schema, batch, HELD + batch)
+
+
+def release(connection: apsw.Connection, schema: Schema, batch: int, published: int) -> None:
+    """The stream has a held batch: what is still in it is no longer pending."""
+    renumber(connection, schema, batch, published)
+
+
+def renumber(connection: apsw.Connection, schema: Schema, batch: int, to: int) -> int:
+    """The rows of a batch get another one. Returns how many."""
+    moved = 0
+    for table in schema.tables.values():
+        connection.execute(f"UPDATE {version_table(table.name)} SET batch = ? WHERE batch = ?", (to, batch))
+        moved += connection.changes()
+    return moved
+
+
+def sizes(connection: apsw.Connection, schema: Schema) -> dict[int, int]:
+    """The held batches with their numbers of rows."""
+    found: dict[int, int] = {}
+    for table in schema.tables.values():
+        counted = f"SELECT batch, count(*) FROM {version_table(table.name)} WHERE batch > ? GROUP BY batch"
+        for batch, number in rows(connection, counted, (HELD,)):
+            found[batch] = found.get(batch, 0) + number
+    return found

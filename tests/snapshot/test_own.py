@@ -1,0 +1,64 @@
+"""Two logs that keep their snapshots in one place."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from harmonylite.config.model import Config, Snapshot, SnapshotFile
+from harmonylite.model import Position
+from harmonylite.snapshot.manifest import Manifest
+from harmonylite.snapshot.stores import open_store
+from harmonylite.snapshot.stores.base import SnapshotStore
+from tests.snapshot.support import like, snapshot
+from tests.snapshot.test_mirror import no_client
+from tests.stream.logfixture import SETTINGS
+
+
+def of(manifest: Manifest, *streams: str) -> Manifest:
+    return replace(manifest, positions=tuple(Position(stream, "2026-11-24T07:45:00Z", 1, 1) for stream in streams))
+
+
+def shared(folder: Path, stream_prefix: str) -> SnapshotStore:
+    config = Config(snapshot=Snapshot(store="file", file=SnapshotFile(path=str(folder))))
+    return open_store(config, no_client, replace(SETTINGS, stream_prefix=stream_prefix))
+
+
+def test_each_sees_and_removes_its_own_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        first, second = shared(tmp_path, "first"), shared(tmp_path, "first-2")
+        manifest = snapshot(tmp_path / "source", 100)
+        mine = [of(like(manifest, age=age), "first-1") for age in (0, 20, 40)]
+        theirs = [of(like(manifest, age=age), "first-2-1") for age in (10, 30, 50)]
+        for each in mine:
+            await first.upload(each, tmp_path / "source")
+        assert await first.list() == mine
+        assert caplog.records == []
+        for each in theirs:
+            await second.upload(each, tmp_path / "source")
+        assert (await first.list(), await second.list()) == (mine, theirs)
+        assert await first.prune(1) == [mine[1].id, mine[2].id]
+        assert (await first.list(), await second.list()) == (mine[:1], theirs)
+        assert await second.prune(2) == [theirs[2].id]
+        assert (await first.list(), await second.list()) == (mine[:1], theirs[:2])
+
+    with caplog.at_level("WARNING"):
+        asyncio.run(scenario())
+    assert len(caplog.records) == 2, "each says so once"
+    assert "own [snapshot.file] path" in caplog.text
+
+
+def test_one_of_no_stream_or_of_other_shards_is_the_log_s_own(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = shared(tmp_path, "first")
+        manifest = snapshot(tmp_path / "source", 100)
+        found = [of(manifest), of(like(manifest, age=10), "first-2", "first-3")]
+        for each in found:
+            await store.upload(each, tmp_path / "source")
+        assert await store.list() == found
+        assert await store.prune(1) == [found[1].id]
+
+    asyncio.run(scenario())
