@@ -22,7 +22,7 @@ from harmonylite import clock
 from harmonylite.db.copy import DamagedCopyError, DamagedDatabaseError
 from harmonylite.engine import Engine
 from harmonylite.model import Position
-from harmonylite.observe.log import Repeated
+from harmonylite.observe.log import Repeated, rfc3339
 from harmonylite.snapshot.choice import USELESS, log_knows_since_ms
 from harmonylite.snapshot.fetching import fetch, refuse
 from harmonylite.snapshot.link import Link
@@ -47,13 +47,19 @@ PATIENCE_S = 120.0
 @dataclass(frozen=True, slots=True)
 class Gap:
     """Where a stream does not go on. lost: acknowledged messages are gone from it, or it is another stream; needed:
-    the last message that is missing here, as far as known; in_step: nothing is, there is no gap."""
+    the last message that is missing here, as far as known; in_step: nothing is, there is no gap. stream: empty if no
+    stream has one."""
 
     stream: str
     reason: str
     lost: bool
     needed: int
     in_step: bool = False
+
+    @property
+    def reads_on(self) -> bool:
+        """Whether the streams are read meanwhile, as there is no gap in them."""
+        return not self.stream
 
 
 class CatchUp:
@@ -65,6 +71,7 @@ class CatchUp:
         self._state = state
         self._lock = asyncio.Lock()
         self._merging: asyncio.Task[None] | None = None
+        self._merging_for: Gap | None = None
         self._removing: asyncio.Task[None] | None = None
         self._bridging = 0
         self._declared = asyncio.Event()
@@ -79,7 +86,11 @@ class CatchUp:
     @property
     def bridging(self) -> bool:
         """Whether that is because messages were missed."""
-        return self._bridging > 0
+        return self._bridging > 0 or self._merges_for_gap
+
+    @property
+    def _merges_for_gap(self) -> bool:
+        return self._merging is not None and self._merging_for is not None and not self._merging_for.reads_on
 
     def declare_complete(self) -> None:
         """The operator's word that what is here is to count although messages were missed: waiting ends."""
@@ -90,6 +101,13 @@ class CatchUp:
         self._declared.clear()
         if not self.busy and self._files.downloads():
             self._removing = asyncio.ensure_future(self._files.keep_only(None))
+
+    async def may_read(self) -> None:
+        """Returns when the streams may be read: not while the snapshot for an earlier connection's gap is merged. This
+        connection may lead to another log, which that snapshot knows nothing of: what came from there would be taken
+        for rows that everybody else has deleted."""
+        while self._merges_for_gap and self._merging is not None:
+            await asyncio.wait([self._merging])
 
     async def close(self) -> None:
         """End what goes on without a connection."""
@@ -246,6 +264,7 @@ class CatchUp:
             )
             await self._files.forget(manifest.id)
             return
+        self._merging_for = gap
         self._merging = asyncio.ensure_future(self._merge(gap, manifest, path, begun))
         self._merging.add_done_callback(self._end_merging)
         await self._merged()
@@ -269,7 +288,9 @@ class CatchUp:
         The gap test of the next session tells whether the log still goes on after the snapshot."""
         telling = self._state.catch_up(f"merging snapshot {manifest.id}")
         try:
-            report = await merge_snapshot(self._engine, path, manifest, telling, in_step=gap.in_step)
+            report = await merge_snapshot(
+                self._engine, path, manifest, telling, in_step=gap.in_step, reads_on=gap.reads_on, lost=gap.lost
+            )
             if gap.lost:
                 # The log forgot what is after the snapshot, although the sequence numbers may be the same.
                 [position] = [each for each in manifest.positions if each.stream == gap.stream]
@@ -304,7 +325,8 @@ class CatchUp:
         synced_ms = await self._engine.write(lambda: replica.completeness.synced_at_ms([here]))
         if synced_ms < since_ms:
             # What it published again might be rows that all the others have deleted, and forgotten that.
-            return f"{gap.reason}; this node was away for longer than deletes are remembered"
+            when = f"it was last in step at {rfc3339(synced_ms / 1000)}" if synced_ms else "it was never in step"
+            return f"{gap.reason}; this node was away for longer than deletes are remembered, {when}"
         return None
 
     async def _misses_nothing(self, link: Link, state: StreamState) -> bool:

@@ -19,7 +19,6 @@ import apsw
 from harmonylite import __version__, reload
 from harmonylite.config import Config, ConfigError, load
 from harmonylite.db.replica import Replica
-from harmonylite.db.tables import ForeignDatabaseError
 from harmonylite.db.watch import Watch
 from harmonylite.endings import Endings
 from harmonylite.engine import Engine
@@ -31,7 +30,8 @@ from harmonylite.observe.health import health_handler
 from harmonylite.observe.http import HttpServer, Response
 from harmonylite.observe.log import Repeated
 from harmonylite.observe.metrics import CONTENT_TYPE, Metrics
-from harmonylite.observe.notify import STARTING_S, Notifier
+from harmonylite.observe.notify import Notifier
+from harmonylite.opening import Opening
 from harmonylite.progress import Mode, Progress, Wakeup
 from harmonylite.replication import Session
 from harmonylite.report import Reporter
@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 # What SIGTERM leaves for publishing what is pending.
 LAST_CALL_S = 5.0
-# Between two tries to open a database that is not there or locked, or to use streams that are not.
+# Between two tries to use streams, or to fetch a database, that are not there.
 RETRY_S = 1.0
 
 
@@ -87,9 +87,8 @@ class Daemon:
         self._engine = Engine(self._replica, self._time, self._metrics, compress=config.replication_log.compress)
         self._progress = Progress()
         self._wakeup = Wakeup()
-        self._opened = asyncio.Event()
         self._reloaded = asyncio.Event()
-        self._ready = self._out_of_time = False
+        self._out_of_time = False
         self._stop = asyncio.Event()
         self.start_again = False
         leaf = not config.external and bool(config.nats.leaf_servers)
@@ -104,6 +103,7 @@ class Daemon:
         self._endings = Endings(config.db_path, self._progress)
         self._snapshots = SnapshotService(config, self._engine, self._progress, wake=self._wakeup.set)
         self._reporter = Reporter(config, self._engine, self._progress, self._uplink, self._server, self._snapshots)
+        self._opening = Opening(config.db_path, self._engine, self._reporter, self._notifier)
         self._membership = Membership(config, self._replica, self._reporter, self._progress, self._uplink)
         self._housekeeper = Housekeeper(
             config, self._engine, self._progress, self._uplink, self._reporter, self._notifier
@@ -155,9 +155,9 @@ class Daemon:
         return code
 
     async def _work(self) -> int:
-        opening = asyncio.create_task(self._open())
+        opening = asyncio.create_task(self._opening.run())
         replicating = asyncio.create_task(self._replicate())
-        keeping = asyncio.create_task(self._housekeeper.run(self._opened, self._on_replaced))
+        keeping = asyncio.create_task(self._housekeeper.run(self._opening.opened, self._on_replaced))
         sleeping = asyncio.create_task(self._fall_asleep())
         stopping = asyncio.create_task(self._stop.wait())
         tasks = {opening, replicating, keeping, sleeping}
@@ -176,59 +176,13 @@ class Daemon:
             for task in (stopping, *tasks):
                 await cancelled(task)
 
-    async def _open(self) -> None:
-        """Open the database, however long that takes; raises only for what waiting cannot mend.
-
-        Ready is who captures, or waits for a database that is not there yet or locked: the application may come hours
-        later, and a service manager would take that for a start that failed.
-        """
-        complain = Repeated(log, 600.0)
-        while True:
-            try:
-                await run_together(self._engine.open(), self._ask_for_time())
-                break
-            except ForeignDatabaseError:
-                raise
-            except apsw.Error as error:
-                reason = f"{error}"
-                if not self._config.db_path.exists():
-                    reason = "there is no such file yet"
-                self._reporter.database_error = reason
-                complain.warning(
-                    "the database cannot be opened; trying again", {"db": self._config.db_path, "reason": reason}
-                )
-                self._say_ready()
-                await asyncio.sleep(RETRY_S)
-        self._reporter.database_error = None
-        tables = self._replica.schema.tables
-        for skipped in self._replica.skipped:
-            log.warning("table is not replicated", extra={"fields": {"table": skipped.table, "reason": skipped.reason}})
-        log.info("database open, capture installed", extra={"fields": {"tables": len(tables)}})
-        self._opened.set()
-        await self._reporter.refresh()
-        self._say_ready()
-
-    async def _ask_for_time(self) -> None:
-        """While the database is being opened: taking stock of a large one, on a slow card, takes its time."""
-        while not self._ready:
-            self._notifier.starting()
-            await asyncio.sleep(STARTING_S / 4)
-        await asyncio.Event().wait()
-
-    def _say_ready(self) -> None:
-        if self._ready:
-            self._notifier.status(self._reporter.line())
-        else:
-            self._notifier.ready(self._reporter.line())
-        self._ready = True
-
     async def _last_call(self) -> None:
         """Publish what can be published in a few seconds."""
         deadline = time.monotonic() + LAST_CALL_S
         while (
             self._config.publish
             and not self.start_again
-            and self._opened.is_set()
+            and self._opening.opened.is_set()
             and self._uplink.connected
             and time.monotonic() < deadline
             and self._progress.publishing
@@ -256,7 +210,7 @@ class Daemon:
                 self._reloaded.clear()
                 continue
             now = (self._metrics.published.value, self._metrics.applied.value)
-            if now == seen and self._opened.is_set() and await self._pending() == 0:
+            if now == seen and self._opening.opened.is_set() and await self._pending() == 0:
                 log.info("no change for a while, stopping", extra={"fields": {"sleep_timeout_s": timeout_s}})
                 await self._snapshots.save_before_sleep()
                 self._stop.set()
@@ -271,7 +225,7 @@ class Daemon:
 
     def _reload(self) -> None:
         """SIGHUP: read the file again and take over what can change while running."""
-        if self._ready:
+        if self._opening.ready:
             self._notifier.reloading()
         try:
             fresh = self._load_again()
@@ -279,7 +233,7 @@ class Daemon:
             log.error("configuration not reloaded", extra={"fields": {"error": str(error)}})
         else:
             self._take_over(fresh)
-        if self._ready:
+        if self._opening.ready:
             self._notifier.ready(self._reporter.line())
 
     def _take_over(self, fresh: Config) -> None:
@@ -317,7 +271,7 @@ class Daemon:
 
     async def _replicate(self) -> None:
         """One session per connection, for ever."""
-        await run_together(wait_for(self._opened), self._make_streams(), self._install())
+        await run_together(wait_for(self._opening.opened), self._make_streams(), self._install())
         while True:
             client = await self._uplink.wait_connected()
             settings = log_settings(self._config, self._server)
@@ -334,6 +288,7 @@ class Daemon:
                 TOLERANCE_MS,
                 bridge=snapshots.bridging(client, settings),
                 on_caught_up=snapshots.caught_up,
+                may_read=snapshots.may_read,
             )
             try:
                 await run_together(
@@ -358,7 +313,7 @@ class Daemon:
             except LogError as error:
                 self._trouble.warning("the streams cannot be made", {"reason": str(error)})
                 await asyncio.sleep(RETRY_S)
-        await self._opened.wait()
+        await self._opening.opened.wait()
 
     async def _install(self) -> None:
         """Until the database is there: fetch one, if the cluster has a snapshot and the application makes none."""

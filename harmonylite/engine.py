@@ -19,6 +19,7 @@ import apsw
 
 from harmonylite import clock
 from harmonylite.clock import ServerClock, Step
+from harmonylite.db.marking import start_over
 from harmonylite.db.outbox import OutgoingGroup
 from harmonylite.db.outgoing import Pinned
 from harmonylite.db.replica import Applied, Replica
@@ -216,7 +217,8 @@ class Engine:
         if not packed.is_held:
             self.replica.outgoing.mark_published(packed.through)
         elif packed.through == packed.hi:
-            await self.write(partial(self.replica.outgoing.release, packed.hi))
+            while await self.write_gently(partial(self.replica.outgoing.release, packed.hi)):
+                pass
         self.metrics.published.inc(packed.rows)
         self.last_published_s = packed.newest_ms / 1000
         if packed.torn:
@@ -256,6 +258,10 @@ class Engine:
     async def move_position(self, position: Position) -> None:
         """See Replica.move_position."""
         await self.write(lambda: self.replica.move_position(position))
+
+    async def start_over(self, position: Position) -> None:
+        """See marking.start_over."""
+        await self.write(lambda: start_over(self.replica, position))
 
     # -- questions
 

@@ -18,9 +18,9 @@ class TooLarge:
 
 @dataclass(slots=True)
 class Progress:
-    """What `status` shows. ends: of streams, as seen last; in_step: over the present connection the streams were read to
-    their ends, or are not read here; publishing: so it is, and pending rows go out; gap: where the log did not go on,
-    until that is bridged; error: why replication waits; refused: by held batch, why the stream cannot hold it;
+    """What `status` shows. ends: of streams, as seen last; in_step: over the present connection the streams were read
+    to their ends, or are not read here; publishing: so it is, and pending rows go out; gap: where the log did not go
+    on, until that is bridged; error: why replication waits; refused: by held batch, why the stream cannot hold it;
     too_large: by held batch, how large it was then."""
 
     ends: dict[str, int] = field(default_factory=dict)

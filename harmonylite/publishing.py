@@ -14,6 +14,8 @@ import asyncio
 from collections import deque
 from functools import partial
 
+import apsw
+
 from harmonylite.db.held import HELD
 from harmonylite.engine import Engine
 from harmonylite.packing import Packed
@@ -78,7 +80,10 @@ class Publishing:
     async def look_at_held(self) -> None:
         """Now and then: rows that are written again leave a held batch, and it may fit then; a correction of the clock
         makes another batch of it."""
-        held = await self._engine.held()
+        try:
+            held = await self._engine.held()
+        except apsw.Error:
+            return  # `report` asks the same, and tells
         under_way = {group.hi for group, _ in self._in_flight} | {group.hi for _, group in self._unread}
         waiting = {batch: number for batch, number in held.items() if batch not in under_way}
         if self._trouble.may_fit(waiting, self._stream_bytes):

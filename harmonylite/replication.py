@@ -18,13 +18,12 @@ from nats.aio.client import Client
 
 from harmonylite.catchup import Gap
 from harmonylite.db.database import PositionsLostError
-from harmonylite.db.marking import start_over
 from harmonylite.engine import Engine
 from harmonylite.model import Position
 from harmonylite.observe.log import Repeated
 from harmonylite.progress import Mode, Progress, Wakeup
 from harmonylite.publishing import Publishing
-from harmonylite.rereading import read_again
+from harmonylite.rereading import is_due, read_again
 from harmonylite.stream.consumer import Consumer, GapFound
 from harmonylite.stream.log import LogError, LogSettings, StreamState, ask_time, stream_state
 from harmonylite.stream.provision import ensure_streams
@@ -51,11 +50,15 @@ class BeginAgain(LogError):  # noqa: N818 - what to do
 Bridge = Callable[[Gap], Awaitable[bool]]
 
 
+async def _at_once() -> None:
+    """Nothing is in the way."""
+
+
 class Session:
     """Replication over one connected client, until the connection is lost or `run` is cancelled.
 
     bridge: what to do about gaps; None: rows are published again, and what was missed stays missing. on_caught_up:
-    called when all streams were read to their ends.
+    called when all streams were read to their ends. may_read: returns when reading may begin.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Session:
         tolerance_ms: int,
         bridge: Bridge | None = None,
         on_caught_up: Callable[[], None] = lambda: None,
+        may_read: Callable[[], Awaitable[None]] = _at_once,
     ) -> None:
         self._engine = engine
         self._client = client
@@ -79,6 +83,7 @@ class Session:
         self._tolerance_ms = tolerance_ms
         self._bridge_gap = bridge
         self._on_caught_up = on_caught_up
+        self._may_read = may_read
         self._hesitates = False
         self._connected_ms: int | None = None
         self._may_ask_time = True
@@ -141,6 +146,7 @@ class Session:
 
     async def _consume(self, state: StreamState) -> None:
         """Read one stream and apply it, for ever."""
+        await self._may_read()
         position = await self._engine.position(state.name) or Position(state.name, "", 0)
         while True:
             consumer = self._consumer(state.name, position)
@@ -229,10 +235,12 @@ class Session:
                 # A log that begins with its first message is filled by all nodes: what it lost comes again.
                 hole = f"stream {stream}: {found.reason}"
                 await self._engine.write(lambda: self._engine.replica.completeness.note_hole(hole))
-            await self._engine.write(lambda: start_over(self._engine.replica, position))
+            await self._engine.start_over(position)
             return position
         self._hesitates |= await self._bridge_gap(Gap(stream, found.reason, found.lost, needed))
         self._progress.gap = None
+        if await is_due(self._engine):
+            raise BeginAgain("messages that had to wait for a gap can be read again")
         return await self._engine.position(stream) or Position(stream, "", 0)
 
     def _only_own_missing(self, gap: GapFound, position: Position) -> bool:
@@ -305,6 +313,7 @@ class Session:
                     raise
                 # Who only publishes need not be allowed to make a consumer.
                 self._may_ask_time = False
-                self._engine.time.untold(str(error))
+                if self._engine.time.server.now_ms() is None:
+                    self._engine.time.untold(str(error))
         for told in times:
             await self._engine.server_time(told.now_ms(), told.round_trip_ms)

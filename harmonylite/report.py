@@ -23,6 +23,9 @@ DYING = 3
 # A lag is shown that long after the group it was measured with, or as long as there is something to read.
 LAG_LASTS_S = 15.0
 
+# So many held batches are named one by one.
+MOST_HELD = 5
+
 
 class Reporter:
     """`current` is cheap and may be a little old; `refresh` asks the database.
@@ -188,7 +191,10 @@ def _time(seconds: float | None) -> str | None:
 
 def held_rows(held: Mapping[int, int], refused: Mapping[int, str]) -> Iterator[str]:
     """Why rows are held (db/held.py). held: held batches with their numbers of rows; refused: see Progress."""
-    yield from (refused[batch] for batch in held if batch in refused)
+    told = [refused[batch] for batch in held if batch in refused]
+    yield from told[:MOST_HELD]
+    if len(told) > MOST_HELD:
+        yield f"{len(told) - MOST_HELD} more transactions are not published: each is larger than its stream"
     if unknown := sum(number for batch, number in held.items() if batch not in refused):
         yield (
             f"{unknown} rows of a transaction are not published: the stream could not hold it; it is tried again once"

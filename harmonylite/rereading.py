@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 async def read_again(engine: Engine, client: Client, settings: LogSettings) -> None:
     """Unless this version has done it. Raises LogError when the log cannot be asked; done again by the next call."""
     replica, clock = engine.replica, engine.time
-    if not await engine.write(lambda: Rereading.due(replica)):
+    if not await is_due(engine):
         return
     rereading = await engine.write(lambda: Rereading(replica))
     while await engine.write_gently(lambda: rereading.step(clock.bound_ms(), clock.correction)):
@@ -30,6 +30,11 @@ async def read_again(engine: Engine, client: Client, settings: LogSettings) -> N
     await engine.write(rereading.finish)
     fields = {"groups": rereading.applied, "messages_left": replica.completeness.unread_messages}
     log.info("messages that could not be read by an earlier version were read again", extra={"fields": fields})
+
+
+async def is_due(engine: Engine) -> bool:
+    """Whether there are some that this version has not read again, or not yet to the end."""
+    return await engine.write(lambda: Rereading.due(engine.replica))
 
 
 async def _go_back(

@@ -13,7 +13,8 @@ from operator import itemgetter
 import apsw
 
 from harmonylite.db.capture import collate, key_columns
-from harmonylite.db.resolve import MISFIT, Context, Resolver
+from harmonylite.db.context import MISFIT, Context
+from harmonylite.db.resolve import Resolver
 from harmonylite.db.rows import identity
 from harmonylite.db.schema import KeyColumn, Schema, Table
 from harmonylite.db.sql import columns_sql, normal, quote, version_table

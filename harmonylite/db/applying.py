@@ -15,8 +15,8 @@ from harmonylite.db import conflicts, left_out, orphans, resolve, rows, sparse, 
 from harmonylite.db.apply import Applier
 from harmonylite.db.columns import OlderColumns
 from harmonylite.db.conflicts import Recorder
+from harmonylite.db.context import MISFIT, Context
 from harmonylite.db.database import Database, ReplicaSettings
-from harmonylite.db.resolve import MISFIT, Context
 from harmonylite.db.schema import Schema, is_chosen
 from harmonylite.db.sql import normal
 from harmonylite.model import Delivery, Group, Position, ReceivedGroup, Undecodable

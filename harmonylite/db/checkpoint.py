@@ -61,9 +61,11 @@ class Checkpoints:
         return apsw.SQLITE_OK
 
     def close(self) -> None:
+        """Twice is fine."""
         self._guard.close(True)
         if self._log >= 0:
             os.close(self._log)
+            self._log = -1
 
     def _has_begun_afresh(self) -> bool:
         """Since it was asked last. SQLite takes no locks on the log's file: it can be opened and closed beside it."""

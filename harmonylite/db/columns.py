@@ -8,28 +8,25 @@ is set aside among the parked rows until the table gets them.
 from __future__ import annotations
 
 from collections.abc import Container
-from typing import TYPE_CHECKING
 
 import apsw
 
 from harmonylite.db import rows as store
 from harmonylite.db import sparse
 from harmonylite.db.conflicts import Parked
+from harmonylite.db.context import Context
 from harmonylite.db.rows import Values
 from harmonylite.db.schema import Table
 from harmonylite.db.sparse import ColumnVersion
 from harmonylite.db.sql import normal
 from harmonylite.model import Row, Value
 
-if TYPE_CHECKING:
-    from harmonylite.db.resolve import Context
-
 # Before and after every version.
 NEVER, LATER = (-1, -1), (1 << 63, 0)
 
 
 class OlderColumns:
-    """Inside the caller's transaction. What does not fit is raised as SQLite says it (resolve.MISFIT)."""
+    """Inside the caller's transaction. What does not fit is raised as SQLite says it (context.MISFIT)."""
 
     def __init__(self, connection: apsw.Connection, context: Context) -> None:
         self._connection = connection

@@ -56,8 +56,11 @@ class Completeness:
     def synced_at_ms(self, positions: Sequence[Position]) -> int:
         """Writer. A time by the server's clock up to which this node knows all that streams held; 0: it never read
         any. positions: the streams that there are."""
-        read = [tables.load_position(self._database.writer, position.stream) for position in positions]
+        writer = self._database.writer
+        read = [tables.load_position(writer, position.stream) for position in positions]
         stored = [position.stored_ns // 1_000_000 if position else 0 for position in read]
+        # What was read after a message that could not be read is not all.
+        stored += [first] if (first := unread.first_ms(writer)) is not None else []
         return max(self._database.state.synced_at_ms, min(stored, default=0))
 
     def arrive(

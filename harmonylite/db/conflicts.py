@@ -28,6 +28,15 @@ COUNT_WAITING = f"SELECT count(*) FROM {tables.PARKED} WHERE reason <> '{OLDER}'
 # The newest conflicts kept; older ones make room. The total ever seen stays in `__harmonylite__meta`.
 KEEP_CONFLICTS = 10_000
 
+# Not a UNIQUE index: rows that differ may have one version, (0,0) above all, and each of them is a loss.
+_RECORD = (
+    f"INSERT OR IGNORE INTO {tables.CONFLICT}"
+    " (tbl, key, ts, node, rank, winner_ts, winner_node, reason, row, recorded_ms)"
+    " SELECT :tbl, :key, :ts, :node, :rank, :winner_ts, :winner_node, :reason, :row, :recorded_ms"
+    f" WHERE NOT EXISTS (SELECT 1 FROM {tables.CONFLICT} WHERE (tbl, key, ts, node, rank)"
+    " = (:tbl, :key, :ts, :node, :rank) AND row IS :row)"
+)
+
 # From one name to the next: DISTINCT would read every row, of which there may be thousands.
 _PARKED_TABLES = (
     f"WITH RECURSIVE found(name) AS (SELECT min(tbl) FROM {tables.PARKED} UNION ALL"
@@ -96,21 +105,20 @@ class Recorder:
         row: Values | None,
     ) -> None:
         """A discarded row. The same one is recorded once, however often it is delivered."""
-        packed = wire.pack(dict(row)) if row is not None else None
         self.connection.execute(
-            f"INSERT OR IGNORE INTO {tables.CONFLICT}"
-            " (tbl, key, ts, node, rank, winner_ts, winner_node, reason, row, recorded_ms)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                table,
-                wire.pack(list(key)),
-                *loser,
-                winner.ts if winner else None,
-                winner.node if winner else None,
-                reason,
-                packed,
-                self.now_ms,
-            ),
+            _RECORD,
+            {
+                "tbl": table,
+                "key": wire.pack(list(key)),
+                "ts": loser.ts,
+                "node": loser.node,
+                "rank": loser.rank,
+                "winner_ts": winner.ts if winner else None,
+                "winner_node": winner.node if winner else None,
+                "reason": reason,
+                "row": wire.pack(dict(row)) if row is not None else None,
+                "recorded_ms": self.now_ms,
+            },
         )
         self.conflicts += self.connection.changes()
 

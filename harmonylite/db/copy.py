@@ -16,11 +16,16 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import apsw
 
 from harmonylite.db import capture, conflicts, install, sql, tables, unversioned, versions
+from harmonylite.db.versions import NO_CORRECTION, Correction
 from harmonylite.model import Position
+
+if TYPE_CHECKING:
+    from harmonylite.db.replica import Replica
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +34,9 @@ Report = Callable[[int, int], None]
 
 # Of a database's file, and of what SQLite keeps beside it.
 DATABASE_SUFFIXES = ("", "-journal", "-wal", "-shm")
+
+# A copy waits for a moment without unabsorbed changes; so often it is tried.
+PIN_ATTEMPTS = 50
 
 # Pages copied between two looks at `cancelled`: 2 MB of a usual database.
 STEP_PAGES = 512
@@ -78,7 +86,7 @@ class DamagedDatabaseError(Exception):
 
 
 class Copy:
-    """One copy being made; from `Replica.start_copy`, on a connection of its own.
+    """One copy being made; from `start_copy`, on a connection of its own.
 
     It holds a read transaction from the start: the application goes on writing, but the write-ahead log cannot be
     reset until `run` has ended or `close` was called.
@@ -147,6 +155,30 @@ class Copy:
     def close(self) -> None:
         """Let go of the view and the connection. Twice is fine."""
         self._source.close(True)
+
+
+def start_copy(
+    replica: Replica, target: Path, bound_ms: int | None = None, correction: Correction = NO_CORRECTION
+) -> Copy | None:
+    """Writer. Fix a view of the database in which every change log is empty, to be written to `target` by
+    `Copy.run` on any other thread, or given up by `Copy.close`.
+
+    None: the application commits too fast just now; try again later. Raises apsw.BusyError.
+    """
+    copy, writer = Copy(replica.path, target), replica.writer
+    try:
+        for _ in range(PIN_ATTEMPTS):
+            replica.judge(lambda context: None, bound_ms, correction)
+            with sql.locked(writer):
+                if not replica.absorbing.has_log(writer):
+                    pending = versions.count_pending(writer, replica.schema, replica.published_batch)
+                    copy.pin(replica.schema.fingerprint(), pending)
+                    return copy
+    except BaseException:
+        copy.close()
+        raise
+    copy.close()
+    return None
 
 
 def clean_copy(path: Path) -> None:

@@ -64,6 +64,7 @@ class Database:
         self._loaded = False
         self._acknowledged = 0
         self._synced_ms = 0
+        self._synced_latest_ms = versions.UNBOUNDED_MS
         self._noted: dict[str, Position] = {}
         self._forgotten: set[str] = set()
         self._lock_seconds = 0.0
@@ -152,8 +153,9 @@ class Database:
         if self._acknowledged > self.state.published_batch:
             self.state = replace(self.state, published_batch=self._acknowledged)
             versions.forget_joins(self.writer, self._acknowledged)
-        if self._synced_ms > self.state.synced_at_ms:
+        if self._synced_ms > self.state.synced_at_ms or self.state.synced_at_ms > self._synced_latest_ms:
             self.state = replace(self.state, synced_at_ms=self._synced_ms)
+        self._synced_latest_ms = versions.UNBOUNDED_MS
         if self.is_stale(self.writer):
             self._install()
 
@@ -210,6 +212,10 @@ class Database:
         self._acknowledged = max(self._acknowledged, through)
 
     def note_synced(self, server_ms: int) -> None:
+        # What is later than now was a mistake of the server's clock.
+        self._synced_latest_ms = server_ms + self._settings.tolerance_ms
+        if self._synced_ms > self._synced_latest_ms:
+            self._synced_ms = 0
         self._synced_ms = max(self._synced_ms, server_ms)
 
     def note_position(self, position: Position) -> None:
@@ -241,6 +247,14 @@ class Database:
         `server_ms`. Rows that are still in a log were written earlier, and must not be lifted to it."""
         bounded = min(self.state.floor_ms, server_ms + self._settings.tolerance_ms)
         self.state = replace(self.state, floor_ms=max(bounded, server_ms))
+
+    def lower_floor(self, floor_ms: int) -> None:
+        """Inside a transaction: the clock that the floor came from was ahead."""
+        self.state = replace(
+            self.state,
+            floor_ms=min(self.state.floor_ms, floor_ms),
+            open_floor_ms=min(self.state.open_floor_ms, floor_ms),
+        )
 
     def take_lock_seconds(self) -> float:
         held, self._lock_seconds = self._lock_seconds, 0.0

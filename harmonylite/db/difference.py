@@ -254,20 +254,24 @@ class Rivals:
         return found
 
 
-def deleting(mine: Table, theirs: Table) -> tuple[Scan, ...]:
+def deleting(mine: Table, theirs: Table, latest_ms: int) -> tuple[Scan, ...]:
     """Rows that everybody else has deleted, so long ago that they have forgotten it: what the cluster had once and
-    the snapshot does not know."""
+    the snapshot does not know. latest_ms: what was written later cannot be forgotten yet."""
+    gone = f"v.deleted = 0 AND s.ts IS NULL AND NOT {_in_snapshot(theirs, 'v')}"
     return (
-        _local(DELETE, mine, f"v.deleted = 0 AND s.ts IS NULL AND NOT {_in_snapshot(theirs, 'v')}"),
+        _local(DELETE, mine, f"{gone} AND v.ts <= {latest_ms}"),
         _local_unversioned(DELETE, mine, theirs),
     )
 
 
-def marking(mine: Table, theirs: Table) -> tuple[Scan, ...]:
-    """Rows and tombstones that the cluster needs to hear of again: newer here than there, or unknown there."""
+def marking(mine: Table, theirs: Table, published: int | None) -> tuple[Scan, ...]:
+    """Rows and tombstones that the cluster needs to hear of again: newer here than there, unknown there, or the same
+    there, where that node had not published them. published: its watermark; None: those have been published since."""
+    waits = "false" if published is None else f"ifnull(s.batch, 0) > {published}"
+    same = f"((v.ts, v.node, v.rank) = (s.ts, s.node, s.rank) AND {waits})"
     return (
-        _local(MARK, mine, "(s.ts IS NULL OR (v.ts, v.node, v.rank) > (s.ts, s.node, s.rank))"),
-        _local_unversioned(MARK, mine, theirs),
+        _local(MARK, mine, f"(s.ts IS NULL OR (v.ts, v.node, v.rank) > (s.ts, s.node, s.rank) OR {same})"),
+        _local_unversioned(MARK, mine, theirs, waits),
     )
 
 
@@ -289,7 +293,8 @@ def _local(kind: str, mine: Table, where: str) -> Scan:
     )
 
 
-def _local_unversioned(kind: str, mine: Table, theirs: Table) -> Scan:
+def _local_unversioned(kind: str, mine: Table, theirs: Table, also: str = "false") -> Scan:
+    """Those that are not in the snapshot, or that are there and meet another condition on their mark `s`."""
     typed_keys = ", ".join(typed_sql(f"m.{quote(name)}") for name in mine.key_names)
     return Scan(
         versioned=False,
@@ -305,8 +310,8 @@ def _local_unversioned(kind: str, mine: Table, theirs: Table) -> Scan:
             f" LEFT JOIN snap.{version_table(mine.name)} AS s ON {key_match(mine, 's', 'm')}"
             " WHERE (v.ts IS NULL OR (v.ts = 0 AND v.rank = 0 AND (v.batch IS NULL OR v.batch <= ?)))"
             " AND (s.ts IS NULL OR (s.ts = 0 AND s.rank = 0))"
-            f" AND NOT EXISTS (SELECT 1 FROM snap.{quote(theirs.name)} AS r"
-            f" WHERE {_same_row(theirs, mine)})"
+            f" AND ({also} OR NOT EXISTS (SELECT 1 FROM snap.{quote(theirs.name)} AS r"
+            f" WHERE {_same_row(theirs, mine)}))"
         ),
     )
 

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import apsw
 
+from harmonylite.db.capture import key_columns
 from harmonylite.db.schema import Schema
 from harmonylite.db.sql import integer, rows, version_table
 
 # Every number above this is that of a held batch: a node that absorbs a thousand times a second gets there in 30 years.
 HELD = 1 << 40
 _NO_BATCH = (1 << 62) - 1
+
+# So many rows are released in one write transaction: about 10 ms on a small board.
+RELEASE_ROWS = 2_000
 
 
 def is_held(batch: int) -> bool:
@@ -35,9 +39,18 @@ def hold(connection: apsw.Connection, schema: Schema, batch: int) -> int:
     return renumber(connection, schema, batch, HELD + batch)
 
 
-def release(connection: apsw.Connection, schema: Schema, batch: int, published: int) -> None:
-    """The stream has a held batch: what is still in it is no longer pending."""
-    renumber(connection, schema, batch, published)
+def release(connection: apsw.Connection, schema: Schema, batch: int, published: int) -> bool:
+    """The stream has a held batch: up to RELEASE_ROWS rows that are still in it are no longer pending. Returns whether
+    there may be more; until they had their turn, they are only held as before."""
+    left = RELEASE_ROWS
+    for table in schema.tables.values():
+        version, keys = version_table(table.name), key_columns(table)
+        connection.execute(
+            f"UPDATE {version} SET batch = ? WHERE ({keys}) IN (SELECT {keys} FROM {version} WHERE batch = ? LIMIT ?)",
+            (published, batch, left),
+        )
+        left -= connection.changes()
+    return left == 0
 
 
 def renumber(connection: apsw.Connection, schema: Schema, batch: int, to: int) -> int:

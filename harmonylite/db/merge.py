@@ -23,12 +23,12 @@ import apsw
 
 from harmonylite.db import difference, left_out, reconcile, schema, snapshot_file, sql, tables, versions
 from harmonylite.db.conflicts import Parked, load_parked
+from harmonylite.db.context import Context
 from harmonylite.db.copy import DamagedDatabaseError, check_copy
 from harmonylite.db.difference import DELETE, MARK, TAKE, WINDOW_ROWS, Found, Scan
-from harmonylite.db.resolve import Context
-from harmonylite.db.rows import identity, unpack_key
+from harmonylite.db.rows import unpack_key
 from harmonylite.db.schema import Schema, Table
-from harmonylite.db.sparse import entries
+from harmonylite.db.together import Together
 from harmonylite.db.versions import NO_CORRECTION, Correction
 from harmonylite.model import Position, Row
 
@@ -109,13 +109,19 @@ class Merger:
         *,
         created_ms: int | None = None,
         in_step: bool = False,
+        reads_on: bool = False,
+        lost: bool = False,
     ) -> None:
         """positions, tombstones_since_ms, created_ms (server time): the manifest's. The snapshot's file is only read.
 
         created_ms bounds what the snapshot's node had not published, as the stream would have (DESIGN 8). in_step: all
-        streams were read to their ends and missed nothing, so the cluster knows every version that is here.
+        streams were read to their ends and missed nothing, so the cluster knows every version that is here. reads_on:
+        they are read meanwhile; what the snapshot lacks may have come after it, and is not deleted for that. lost: the
+        log lost messages that came after the snapshot; what waited there when it was taken may have been in them.
         """
         self._in_step = in_step
+        self._reads_on = reads_on
+        self._lost = lost
         self._latest_ms = versions.UNBOUNDED_MS if created_ms is None else created_ms + replica.tolerance_ms
         self._replica = replica
         self._path = snapshot
@@ -153,7 +159,7 @@ class Merger:
         self._schema = replica.schema
         known = replica.completeness.synced_at_ms(self._positions)
         self._first_join = known == 0
-        self._in_window = self._in_step or known >= self._since_ms
+        self._in_window = self._in_step or self._reads_on or known >= self._since_ms
         self._work = self._all_work(self._schema)
 
     def _scans(self, mine: Schema) -> Iterator[Scan]:
@@ -170,14 +176,15 @@ class Merger:
             elif self._replica.wants(theirs.name):
                 takes += difference.taking(theirs, None)
         for theirs, here in pairs:
-            versioned, unversioned = difference.deleting(here, theirs)
+            versioned, unversioned = difference.deleting(here, theirs, self._since_ms + self._replica.tolerance_ms)
             if not self._in_window:
                 yield versioned
                 if not self._first_join:
                     yield unversioned
         yield from takes
         for theirs, here in pairs if self._replica.publishes else ():
-            versioned, unversioned = difference.marking(here, theirs)
+            published = self._theirs.state.published_batch if self._lost else None
+            versioned, unversioned = difference.marking(here, theirs, published)
             if not self._in_step:
                 yield versioned
             yield unversioned
@@ -185,6 +192,7 @@ class Merger:
     def _all_work(self, mine: Schema) -> Iterator[Work]:
         connection = self._connection
         assert connection is not None, "open() first"
+        together = Together(connection, self._theirs, mine, self._latest_ms)
         scans = [scan.on(connection) for scan in self._scans(mine)]
         sizes: list[int] = []
         for scan in scans:
@@ -195,7 +203,7 @@ class Merger:
             if scan.kind != TAKE and index and scans[index - 1].kind == TAKE:
                 yield from self._parked_work(connection)
             before = done
-            for seen, work in self._scan_work(connection, scan):
+            for seen, work in self._scan_work(connection, scan, together):
                 done += seen
                 reached = min(done, before + sizes[index])
                 self._progress = MergeProgress(_PHASES[scan.kind], scan.table.name, reached, total)
@@ -204,7 +212,7 @@ class Merger:
         if not scans or scans[-1].kind == TAKE:
             yield from self._parked_work(connection)
 
-    def _scan_work(self, connection: apsw.Connection, scan: Scan) -> Iterator[tuple[int, Work]]:
+    def _scan_work(self, connection: apsw.Connection, scan: Scan, together: Together) -> Iterator[tuple[int, Work]]:
         """(rows looked at, what to do about them)"""
         last: Row | None = None
         while True:
@@ -216,57 +224,15 @@ class Merger:
                 if not complete:
                     last = found[-1].key
                 if scan.kind == TAKE and found:
-                    found = self._completed(connection, scan, found)
+                    found = together.completed(scan, found, max(self._rows, LEAST_CHAIN))
                 yield (seen if complete else 0), Work(scan, found)
             if end is None:
                 break
             last = end
         if scan.kind == TAKE and scan.versioned and scan.table.name in self._theirs.sparse:
-            yield from self._sparse_work(connection, scan)
+            yield from self._sparse_work(connection, scan, together)
 
-    def _completed(self, connection: apsw.Connection, scan: Scan, found: Sequence[Found]) -> list[Found]:
-        """With what must take effect in the same transaction: the snapshot's state of rows that hold a unique value of
-        one of these here, and not there. Else a value that wandered would look like a clash, and a good row die."""
-        complete = list(found)
-        mine = self._schema.table(scan.table.name)
-        if mine is not None and mine.uniques and difference.comparable(scan.table, mine):
-            rivals = difference.Rivals(connection, scan.table, mine)
-            keys = {identity(mine, each.key) for each in complete}
-            todo = [each.key for each in complete if each.values is not None]
-            # A long chain is cut: what is left of it is settled as clashes, one piece after the other.
-            most = len(found) + max(self._rows, LEAST_CHAIN)
-            while todo and len(complete) < most:
-                for key in rivals.of(todo.pop()):
-                    if identity(mine, key) in keys:
-                        continue
-                    keys.add(identity(mine, key))
-                    if (rival := self._lookup(connection, scan.table, mine, key)) is not None:
-                        complete.append(rival)
-                        if rival.values is not None:
-                            todo.append(rival.key)
-        return [self._with_older_columns(connection, scan, self._bounded(each)) for each in complete]
-
-    def _bounded(self, found: Found) -> Found:
-        """What went through the stream was bounded there."""
-        ts, _, _, base_ts, _ = found.stamp
-        if not found.pending or ts <= self._latest_ms:
-            return found
-        return found._replace(stamp=found.stamp._replace(ts=min(ts, max(self._latest_ms, base_ts + 1))))
-
-    def _lookup(self, connection: apsw.Connection, theirs: Table, mine: Table, key: Row) -> Found | None:
-        published = self._theirs.state.published_batch
-        for scan in difference.taking(theirs, mine):
-            if (found := scan.lookup(connection, key, published)) is not None:
-                return found
-        return None
-
-    def _with_older_columns(self, connection: apsw.Connection, scan: Scan, found: Found) -> Found:
-        if scan.table.name not in self._theirs.sparse or found.values is None:
-            return found
-        key = identity(scan.table, found.key)
-        return found._replace(older=entries(connection, scan.table.name, key, table=f"snap.{tables.SPARSE}"))
-
-    def _sparse_work(self, connection: apsw.Connection, scan: Scan) -> Iterator[tuple[int, Work]]:
+    def _sparse_work(self, connection: apsw.Connection, scan: Scan, together: Together) -> Iterator[tuple[int, Work]]:
         """Rows whose version is the same on both sides may still have columns that are newer there."""
         everything = difference.taking(scan.table, None)[0]
         last = b""
@@ -277,7 +243,7 @@ class Merger:
         ):
             last = keys[-1][0]
             found = [
-                self._with_older_columns(connection, scan, each)
+                together.with_older_columns(scan, each)
                 for (key,) in keys
                 if (each := everything.lookup(connection, unpack_key(key), self._theirs.state.published_batch))
             ]

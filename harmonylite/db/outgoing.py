@@ -151,11 +151,11 @@ class Outgoing:
         with self._database.transaction():
             return held.hold(self._database.writer, self._database.installed(), batch)
 
-    def release(self, batch: int) -> None:
-        """Writer. The stream has a held batch."""
+    def release(self, batch: int) -> bool:
+        """Writer. The stream has a held batch. One short write transaction; True: call it again, there may be more."""
         database = self._database
         with database.transaction():
-            held.release(database.writer, database.installed(), batch, database.state.published_batch)
+            return held.release(database.writer, database.installed(), batch, database.state.published_batch)
 
     def held(self) -> dict[int, int]:
         """Reader. The held batches, with their numbers of rows."""

@@ -13,8 +13,8 @@ from harmonylite.db import left_out, resolve, sparse, versions
 from harmonylite.db import rows as store
 from harmonylite.db.capture import key_columns
 from harmonylite.db.conflicts import Parked
+from harmonylite.db.context import Context
 from harmonylite.db.difference import Found, Scan
-from harmonylite.db.resolve import Context
 from harmonylite.db.rows import NO_VERSION, bound, identity, marker
 from harmonylite.db.schema import Table
 from harmonylite.db.sql import version_table

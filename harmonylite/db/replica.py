@@ -19,10 +19,9 @@ from harmonylite.db.absorbing import Absorbing
 from harmonylite.db.apply import OutOfTheOrdinaryError
 from harmonylite.db.applying import Applied, Applying, newest_ms
 from harmonylite.db.completeness import Completeness
-from harmonylite.db.copy import Copy
+from harmonylite.db.context import MISFIT, Context
 from harmonylite.db.database import Database, PositionsLostError, ReplicaSettings
 from harmonylite.db.outgoing import Outgoing
-from harmonylite.db.resolve import MISFIT, Context
 from harmonylite.db.retime import Times
 from harmonylite.db.schema import Schema, Skipped, is_chosen, schema_text
 from harmonylite.db.tables import State
@@ -34,9 +33,6 @@ __all__ = ["Applied", "Replica", "ReplicaSettings", "newest_ms"]
 
 # A tombstone pass forgets at most this many rows of a table in one transaction.
 PRUNE_ROWS = 2_000
-
-# A copy waits for a moment without unabsorbed changes; so often it is tried.
-PIN_ATTEMPTS = 50
 
 
 class Replica:
@@ -347,29 +343,6 @@ class Replica:
         """Writer, inside `judge`. What another node's database holds takes effect here, by version. limit_ms: the
         latest time that counts."""
         self._applying.take(group, context, limit_ms, careful=True)
-
-    def start_copy(
-        self, target: Path, bound_ms: int | None = None, correction: Correction = NO_CORRECTION
-    ) -> Copy | None:
-        """Writer. Fix a view of the database in which every change log is empty, to be written to `target` by
-        `Copy.run` on any other thread, or given up by `Copy.close`.
-
-        None: the application commits too fast just now; try again later. Raises apsw.BusyError.
-        """
-        copy = Copy(self._database.path, target)
-        try:
-            for _ in range(PIN_ATTEMPTS):
-                self.judge(lambda context: None, bound_ms, correction)
-                with sql.locked(self._writer):
-                    if not self.absorbing.has_log(self._writer):
-                        pending = versions.count_pending(self._writer, self.schema, self._state.published_batch)
-                        copy.pin(self.schema.fingerprint(), pending)
-                        return copy
-        except BaseException:
-            copy.close()
-            raise
-        copy.close()
-        return None
 
     def prune_tombstones(self, server_ms: int) -> int:
         """Writer. Start the retention of tombstones that the cluster has, forget those past it. Only while connected:

@@ -13,44 +13,18 @@ from dataclasses import dataclass, replace
 import apsw
 
 from harmonylite import wire
-from harmonylite.db import clash, sparse, versions
+from harmonylite.db import clash, evictions, sparse
 from harmonylite.db import rows as store
 from harmonylite.db.columns import OlderColumns
-from harmonylite.db.conflicts import Parked, Recorder
+from harmonylite.db.conflicts import Parked
+from harmonylite.db.context import MISFIT, Context
 from harmonylite.db.rows import NO_VERSION, Values, VersionRow
-from harmonylite.db.schema import Schema, Table
+from harmonylite.db.schema import Table
 from harmonylite.db.sql import normal
 from harmonylite.model import UNVERSIONED, Row, Stamp, TableChanges, Value, Version
 
-# The errors that say: this row does not fit this table. Anything else (lock, disk, corruption) stops the apply.
-MISFIT = (apsw.ConstraintError, apsw.MismatchError, apsw.TooBigError, apsw.SQLError, UnicodeError, OverflowError)
-
 # Reasons in the conflict log.
 CONCURRENT, CLASH, TWINS = "concurrent write", "unique clash", "same version, other content"
-
-
-@dataclass(slots=True)
-class Context:
-    """What one apply transaction knows. `batch` is given out to rows that this node must publish itself."""
-
-    schema: Schema
-    recorder: Recorder
-    node_id: int
-    publish: bool
-    published: int
-    batch: int
-    sparse_tables: frozenset[str]
-    batch_used: bool = False
-    applied: int = 0
-
-    def pending(self, connection: apsw.Connection, previous: int | None) -> int | None:
-        """The batch for a row whose outcome this node publishes; joined to the one it was pending in before."""
-        if not self.publish:
-            return None
-        self.batch_used = True
-        if previous is not None and previous > self.published:
-            versions.join(connection, previous, self.batch)
-        return self.batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,9 +153,15 @@ class Resolver:
                 store.set_version(self._connection, table, row.key, replace(local, base=row.version[:2]))
         return None
 
+    def _log_eviction(self, table: Table, key: Row) -> bool:
+        return evictions.log(self._connection, table, key) > 0
+
     def _judge_twins(self, table: Table, row: Incoming, local: VersionRow) -> Winner | None:
         """Equal versions: the same write again, or (a cloned card, a restored backup) two that must not differ."""
         old = store.read(self._connection, table, row.key)
+        # Evicted, and nobody has noticed. Others send the row again, because a snapshot of this very moment lacks it.
+        if old is None and table.evicts_unseen and self._context.publish and self._log_eviction(table, row.key):
+            return None
         if row.version == UNVERSIONED and old is None and row.values is not None:
             return Winner(row, local, None)
         if self._context.sparse_tables and sparse.entries(self._connection, table.name, store.identity(table, row.key)):

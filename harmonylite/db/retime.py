@@ -117,12 +117,17 @@ class Times:
         self._database.raise_floor(server_ms)
 
     def shift_clock(self, *, from_ms: int, to_ms: int, delta_ms: int) -> None:
-        """Writer. This boot's clock was behind by `delta_ms` while it showed from_ms..to_ms: correct the times of
-        what was written then and not yet acknowledged."""
+        """Writer. This boot's clock was behind by `delta_ms` (ahead, if negative) while it showed from_ms..to_ms:
+        correct the times of what was written then and not yet acknowledged."""
         database = self._database
         with database.transaction():
             change = shifted(node_id=self._settings.node_id, from_ms=from_ms, to_ms=to_ms, delta_ms=delta_ms)
             self._retime(change, boot=database.state.boot_batch)
+            if delta_ms < 0 and from_ms <= database.state.floor_ms <= to_ms:
+                # Else what is in the logs, and what comes, would be lifted to the time of the clock that was ahead. No
+                # lower than what keeps its time, or a version could be given out twice.
+                kept = versions.newest_own(database.writer, database.installed(), self._settings.node_id)
+                database.lower_floor(max(database.state.floor_ms + delta_ms, kept))
             # The logs come after that, already corrected: uncorrected they might be lifted to the floor.
             while not self._absorbing.piece(None, Correction(delta_ms, to_ms)).drained:
                 pass

@@ -39,7 +39,8 @@ CREATE = (
     " PRIMARY KEY (tbl, id)) WITHOUT ROWID",
     f"CREATE TABLE IF NOT EXISTS {CONFLICT} (id INTEGER PRIMARY KEY, tbl TEXT NOT NULL, key BLOB NOT NULL,"
     " ts INTEGER NOT NULL, node INTEGER NOT NULL, rank INTEGER NOT NULL, winner_ts INTEGER, winner_node INTEGER,"
-    " reason TEXT NOT NULL, row BLOB, recorded_ms INTEGER NOT NULL, UNIQUE (tbl, key, ts, node, rank))",
+    " reason TEXT NOT NULL, row BLOB, recorded_ms INTEGER NOT NULL)",
+    f"CREATE INDEX IF NOT EXISTS {quote(f'{PREFIX}conflict_version')} ON {CONFLICT} (tbl, key, ts, node, rank)",
     f"CREATE TABLE IF NOT EXISTS {UNDECODABLE} (stream TEXT, sequence INTEGER, data BLOB NOT NULL,"
     " error TEXT NOT NULL, recorded_ms INTEGER NOT NULL, PRIMARY KEY (stream, sequence))",
     f"CREATE TABLE IF NOT EXISTS {UNREAD} (stream TEXT, created TEXT, sequence INTEGER, publisher INTEGER NOT NULL,"

@@ -15,7 +15,7 @@ import apsw
 
 from harmonylite import __version__, wire
 from harmonylite.db import sql, tables
-from harmonylite.db.resolve import Context
+from harmonylite.db.context import Context
 from harmonylite.db.versions import NO_CORRECTION, Correction
 from harmonylite.model import Group, Position, Undecodable, Unread
 
@@ -56,6 +56,12 @@ class Kept:
 
 def count(connection: apsw.Connection) -> int:
     return sql.integer(connection, f"SELECT count(*) FROM {tables.UNREAD}")
+
+
+def first_ms(connection: apsw.Connection) -> int | None:
+    """When the stream stored the first of them; None if there is none."""
+    first: int | None = sql.scalar(connection, f"SELECT min(stored_ms) FROM {tables.UNREAD}")
+    return first
 
 
 def load(connection: apsw.Connection, *, table: str = tables.UNREAD) -> Iterator[Kept]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import apsw
 
 from harmonylite.db import capture, sql, tables
-from harmonylite.db.capture import key_match
+from harmonylite.db.capture import key_columns, key_match
 from harmonylite.db.schema import Schema, Table
 from harmonylite.db.sql import integer, log_table, quote, version_table
 
@@ -19,10 +19,17 @@ if TYPE_CHECKING:
 
 _JOINED = "joined"
 
+# Whoever waits for an answer may have to stop: it is asked after so many steps of SQLite's machine, a few milliseconds.
+STOP_STEPS = 100_000
 
-def exist(path: Path, schema: Schema) -> bool:
-    """Any thread. Whether there are any; reads as much as counting the rows does, unless there are some."""
+
+def exist(path: Path, schema: Schema, stop: Callable[[], bool] = lambda: False) -> bool:
+    """Any thread. Whether there are any; reads as much as counting the rows does, unless there are some.
+
+    stop: asked all the while; raises apsw.InterruptError once it says so.
+    """
     with contextlib.closing(sql.open_reader(path)) as connection, sql.snapshot(connection):
+        connection.setprogresshandler(stop, STOP_STEPS)
         ours = capture.installed(connection).tables
         return any(_are_in(connection, table, ours) for table in schema.tables.values())
 
@@ -38,8 +45,10 @@ def _are_in(connection: apsw.Connection, table: Table, ours: Collection[str]) ->
     known = f"SELECT 1 FROM {version} AS v WHERE {key_match(table, 'v', 'r')} AND v.ts > 0"
     found = f"SELECT 1 FROM {content} AS r WHERE {keyed} AND NOT EXISTS ({known})"
     if (logged := log_table(table.name)).strip('"') in ours:
-        # What was written a moment ago gets its version soon.
-        found += f" AND NOT EXISTS (SELECT 1 FROM {logged} AS l WHERE {key_match(table, 'l', 'r')})"
+        # What was written a moment ago gets its version soon. A log has no index by key: IN reads it once, EXISTS would
+        # read it for every new row.
+        keys = ", ".join(f"r.{quote(part.name)}" for part in table.key)
+        found += f" AND ({keys}) NOT IN (SELECT {key_columns(table)} FROM {logged})"
     return bool(integer(connection, f"SELECT EXISTS ({found})"))
 
 

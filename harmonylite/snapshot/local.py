@@ -17,6 +17,7 @@ from harmonylite.db.copy import (
     DamagedDatabaseError,
     check_copy,
     remove_database,
+    start_copy,
 )
 from harmonylite.db.marking import Marking
 from harmonylite.db.merge import Merger, MergeReport, Work
@@ -38,7 +39,7 @@ async def copy_database(engine: Engine, target: Path, progress: Progress) -> Cop
     replica, clock = engine.replica, engine.time
     for _ in range(COPY_TRIES):
         try:
-            copy = await engine.write(lambda: replica.start_copy(target, clock.bound_ms(), clock.correction))
+            copy = await engine.write(lambda: start_copy(replica, target, clock.bound_ms(), clock.correction))
         except (apsw.CorruptError, apsw.NotADBError) as error:
             raise SnapshotFailed(str(DamagedDatabaseError(replica.path, error))) from None
         if copy is not None:
@@ -77,10 +78,17 @@ def _halves(progress: Progress) -> tuple[Progress, Progress]:
 
 
 async def merge_snapshot(
-    engine: Engine, snapshot: Path, manifest: Manifest, progress: Progress, *, in_step: bool = False
+    engine: Engine,
+    snapshot: Path,
+    manifest: Manifest,
+    progress: Progress,
+    *,
+    in_step: bool = False,
+    reads_on: bool = False,
+    lost: bool = False,
 ) -> MergeReport:
-    """Take over what a snapshot has newer, mark for publication what it lacks, and set the positions. in_step: see
-    Merger.
+    """Take over what a snapshot has newer, mark for publication what it lacks, and set the positions. in_step,
+    reads_on and lost: see Merger.
 
     Cancelled or killed anywhere, it is simply done again. Raises DamagedCopyError, DamagedDatabaseError.
     """
@@ -94,6 +102,8 @@ async def merge_snapshot(
         # The server's clock may have been ahead when it was taken.
         created_ms=manifest.created_ms if now_ms is None else min(manifest.created_ms, now_ms),
         in_step=in_step,
+        reads_on=reads_on,
+        lost=lost,
     )
 
     def write(work: Work) -> None:
@@ -145,4 +155,4 @@ async def leaves_out(engine: Engine) -> bool:
 async def has_unversioned(engine: Engine, database: Path | None = None) -> bool:
     """Whether there are rows without a version in this node's database, or in a copy of it."""
     schema, path = engine.replica.known_schema, database or engine.replica.path
-    return schema is not None and await stoppable(lambda _: unversioned.exist(path, schema))
+    return schema is not None and await stoppable(lambda stop: unversioned.exist(path, schema, stop.is_set))

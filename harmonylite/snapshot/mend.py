@@ -46,7 +46,8 @@ class Mender:
 
     async def _mend(self, link: Link, hole: str) -> None:
         if await self._catch_up.merge_another(link, in_step=False):
-            log.info("what was missed came with a snapshot", extra={"fields": {"hole": hole}})
+            if not self._engine.replica.completeness.hole:  # else the stream has passed what was fetched
+                log.info("what was missed came with a snapshot", extra={"fields": {"hole": hole}})
             return
         newest = self._state.newest
         await link.lease.ensure_bucket()

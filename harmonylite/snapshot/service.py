@@ -129,6 +129,10 @@ class SnapshotService:
         finally:
             await link.store.close()
 
+    async def may_read(self) -> None:
+        """See CatchUp.may_read."""
+        await self._catch_up.may_read()
+
     def caught_up(self) -> None:
         """All streams were read to their ends."""
         self._catch_up.caught_up()
@@ -211,7 +215,10 @@ class SnapshotService:
             self.state.caught_up()
             self._wake()
         await self._engine.write(self._engine.replica.completeness.declare_complete)
-        while self._catch_up.busy or self._why_not() is not None:
+        may_take_one = self._config.publish and self._config.replicate
+        while may_take_one and (self._catch_up.busy or self._why_not() is not None):
+            if self._catch_up.bridging:  # by a connection that had not found the gap yet
+                self._catch_up.declare_complete()
             await asyncio.sleep(0.2)
 
     async def _on_progress(self, _: Mapping[str, Any]) -> dict[str, Any]:

@@ -82,10 +82,13 @@ class WorkFiles:
         return self._path(f"snapshot-{snapshot_id}")
 
     def check_room(self, manifest: Manifest) -> None:
-        """Raises NoRoom if the disk cannot take what is missing of a snapshot, packed and unpacked."""
+        """Raises NoRoom if the disk cannot take what is missing of a snapshot: packed and unpacked; then, without what
+        was packed, unpacked and merged into the database, which may become as large."""
         packed = self.download(manifest.id)
+        growth = max(0, manifest.size - self.database_bytes()) if self._db_path.exists() else 0
         there = sum(path.stat().st_size for path in (packed, _part(self.unpacked(manifest.id))) if path.exists())
-        check_room(self._folder, manifest.stored_size + manifest.size - there, f"snapshot {manifest.id}")
+        needed = manifest.size + max(manifest.stored_size, growth)
+        check_room(self._folder, needed - there, f"snapshot {manifest.id}")
 
     def downloads(self) -> list[str]:
         """Ids of snapshots of which there is something here, the unpacked ones first."""

@@ -306,6 +306,34 @@ def test_a_step_back_keeps_edits_above_what_they_replaced(make: MakeNode) -> Non
     assert node.version("t", 1) == Version(EPOCH_MS + 1, 1)
 
 
+def test_a_step_back_does_not_lift_what_is_logged_to_the_clock_that_was_ahead(make: MakeNode) -> None:
+    node = make(1, PLAIN)
+    started = node.clock.tick()
+    node.sql("INSERT INTO t VALUES (1, 'absorbed')")
+    absorbed = node.clock.now_ms
+    node.absorb()
+    node.sql("INSERT INTO t VALUES (2, 'logged')")
+    logged = node.clock.now_ms
+    node.replica.times.shift_clock(from_ms=started, to_ms=logged, delta_ms=-DAY_MS)
+    assert (node.version("t", 1), node.version("t", 2)) == (Version(absorbed - DAY_MS, 1), Version(logged - DAY_MS, 1))
+    node.clock.now_ms = logged - DAY_MS + 1
+    node.sql("INSERT INTO t VALUES (3, 'the right time')")
+    node.absorb()
+    assert node.version("t", 3) == Version(node.clock.now_ms, 1)
+
+
+def test_a_step_back_leaves_the_floor_above_what_was_sent_with_the_wrong_time(make: MakeNode) -> None:
+    """That keeps its time; deleted and forgotten, the row must not get the same version again for another content."""
+    node = make(1, PLAIN)
+    started = node.clock.tick()
+    node.sql("INSERT INTO t VALUES (1, 'sent')")
+    sent = node.clock.now_ms
+    node.publish()
+    node.sql("INSERT INTO t VALUES (2, 'logged')")
+    node.replica.times.shift_clock(from_ms=started, to_ms=node.clock.now_ms, delta_ms=-DAY_MS)
+    assert (node.version("t", 1), node.version("t", 2)) == (Version(sent, 1), Version(sent, 1))
+
+
 def test_a_correction_is_added_to_times_up_to_its_end(make: MakeNode) -> None:
     node = make(1, PLAIN)
     node.sql("INSERT INTO t VALUES (1, 'wrong clock')")

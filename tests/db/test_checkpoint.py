@@ -230,3 +230,12 @@ def test_a_log_that_is_still_read_goes_on_without_the_application(beside: Beside
     reader.close()
     assert beside.replica.at_rest(last=False)
     assert beside.insert() == ["-wal"]  # its header: the log has begun afresh
+
+
+def test_closed_twice_it_closes_nobody_elses_file(beside: Beside) -> None:
+    beside.arrive(1_500)
+    beside.replica.close()
+    descriptors = [os.open(os.devnull, os.O_RDONLY) for _ in range(20)]
+    beside.replica.close()
+    for descriptor in descriptors:
+        os.close(descriptor)

@@ -11,7 +11,7 @@ import pytest
 
 from harmonylite.db import copy as copy_module
 from harmonylite.db import tables
-from harmonylite.db.copy import CopyCancelledError, DamagedCopyError, adopt_copy, check_copy, clean_copy
+from harmonylite.db.copy import CopyCancelledError, DamagedCopyError, adopt_copy, check_copy, clean_copy, start_copy
 from harmonylite.db.replica import Replica, ReplicaSettings
 from harmonylite.model import Position
 from tests.db.conftest import MakeNode
@@ -111,7 +111,7 @@ def test_a_copy_holds_no_write_lock_and_can_be_given_up(make: MakeNode) -> None:
         for number in range(3_000):
             node.app.execute("INSERT INTO t VALUES (?, zeroblob(2000))", (number,))
     target = node.path.with_name("copy.db")
-    copy = node.replica.start_copy(target)
+    copy = start_copy(node.replica, target)
     assert copy is not None
     seen: list[tuple[int, int]] = []
 
@@ -129,7 +129,7 @@ def test_a_copy_holds_no_write_lock_and_can_be_given_up(make: MakeNode) -> None:
 def test_of_a_copy_that_fails_nothing_is_left(make: MakeNode, tmp_path: Path) -> None:
     node = make(1, PLAIN)
     folder = tmp_path / "nowhere"
-    copy = node.replica.start_copy(folder / "copy.db")
+    copy = start_copy(node.replica, folder / "copy.db")
     assert copy is not None
     with pytest.raises(apsw.CantOpenError):
         copy.run()
@@ -137,7 +137,7 @@ def test_of_a_copy_that_fails_nothing_is_left(make: MakeNode, tmp_path: Path) ->
     path = folder / "copy.db"
     path.write_text("left behind by a crash")
     path.with_name("copy.db-journal").write_text("left behind, too")
-    copy = node.replica.start_copy(path)
+    copy = start_copy(node.replica, path)
     assert copy is not None
     copy.run()
     assert [each.name for each in folder.iterdir()] == ["copy.db"]

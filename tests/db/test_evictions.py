@@ -92,6 +92,25 @@ def test_rows_that_are_only_known_are_still_unversioned(make: MakeNode) -> None:
     assert not unversioned.exist(node.path, node.replica.schema)
 
 
+@pytest.mark.parametrize("published", [False, True])
+def test_what_was_evicted_unseen_does_not_come_back_with_its_own_version(
+    make: MakeNode, monkeypatch: pytest.MonkeyPatch, *, published: bool
+) -> None:
+    """In a table so large that it is looked through later; a snapshot, or a log that is filled again, has the row."""
+    monkeypatch.setattr(evictions, "LOOK_ROWS", 0)
+    node = make(1, SCRIPT if published else f"{SCRIPT}; INSERT INTO t VALUES (1, 'a')")
+    if published:
+        node.sql("INSERT INTO t VALUES (1, 'a')")
+        node.publish()
+    version = node.version("t", 1)
+    assert version is not None
+    node.sql("REPLACE INTO t VALUES (3, 'a')")
+    node.sql("UPDATE t SET v = 'c' WHERE id = 3")
+    node.apply(wrote("t", ("id", "v"), ((1, "a"), stamp(version.ts, version.node))))
+    assert node.rows("t") == [(3, "c")]
+    assert removed(node.publish(), "t") == [(1,)]
+
+
 def test_an_unversioned_row_from_elsewhere_is_known_too(make: MakeNode) -> None:
     node = make(1, SCRIPT)
     node.apply(wrote("t", ("id", "v"), ((1, "a"), stamp(0, 0))))
@@ -243,3 +262,27 @@ def test_a_delete_that_is_still_logged_is_not_taken_for_an_eviction(make: MakeNo
     assert node.replica.unseen.log_vanished("t", keys) == 0
     node.absorb()
     assert node.version("t", 1) == Version(deleted_at, 1)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["from before the installation", "written since"])
+def test_a_row_that_arrives_again_does_not_undo_an_eviction_that_nobody_has_noticed(
+    make: MakeNode, small: int, known: bool
+) -> None:
+    """A node that merges a snapshot of that moment publishes the row, which the snapshot lacks."""
+    one, two = make(1, SCRIPT), make(2, SCRIPT)
+    again = wrote("t", ("id", "v"), ((5, 5), stamp(0, 0)))
+    for number in range(1, 6):
+        one.apply(wrote("t", ("id", "v"), ((number, number), stamp(0, 0))))
+    if known:
+        one.sql("UPDATE t SET v = 55 WHERE id = 5")
+        [again] = one.publish()
+        two.apply(again)
+    one.sql("REPLACE INTO t VALUES (6, (SELECT v FROM t WHERE id = 5))")
+    one.sql("UPDATE t SET v = 'other' WHERE id = 6")
+    exchange(one, two)
+    one.apply(again)
+    assert one.rows("t") == [(1, 1), (2, 2), (3, 3), (4, 4), (6, "other")]
+    one.replica.unseen.log_vanished("t", one.vanished("t"))
+    two.apply(again)
+    exchange(one, two)
+    assert one.tombstones("t") == two.tombstones("t") == [(5,)]

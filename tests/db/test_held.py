@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from harmonylite.db.copy import adopt_copy
+from harmonylite.db.copy import adopt_copy, start_copy
 from harmonylite.db.held import HELD
 from harmonylite.db.marking import start_over
 from harmonylite.db.outbox import OutgoingGroup
@@ -285,7 +285,7 @@ def test_a_copy_has_what_is_held(make: MakeNode, tmp_path_factory: pytest.TempPa
     node.publish()
     node.replica.flush()
     path = tmp_path_factory.mktemp("copy") / "copy.db"
-    copy = node.replica.start_copy(path)
+    copy = start_copy(node.replica, path)
     assert copy is not None
     assert copy.run().pending == 2
     adopt_copy(path, 2)
@@ -353,3 +353,44 @@ def test_a_refused_held_batch_counts_only_its_own_rows(make: MakeNode) -> None:
     assert node.replica.outgoing.hold(HELD + batches[3]) == 2
     commit(node, 6)
     assert node.replica.outgoing.hold(HELD + batches[3]) == 1
+
+
+def test_a_held_batch_that_comes_back_from_the_stream_is_held_no_longer(make: MakeNode) -> None:
+    """Stored, and the node was stopped before it knew; meanwhile one of its rows was written again."""
+    node, other = make(1, PLAIN), make(2, PLAIN)
+    commit(node, 1, 2, 3, 4)
+    node.publish()
+    with node.transaction():
+        node.sql("UPDATE t SET v = 'held' WHERE id < 4")
+        node.sql("DELETE FROM t WHERE id = 4")
+    node.absorb()
+    node.replica.outgoing.hold(node.replica._state.batch)
+    [stored] = held(node)
+    node.crash()
+    commit(node, 3, value="later")
+    node.apply(stored.group)
+    assert node.replica.outgoing.held() == {}
+    [later] = node.publish()
+    assert [row for row, _ in written([later], "t")] == [(3, "later")]
+    other.apply(stored.group, later)
+    assert sorted(other.rows("t")) == [(1, "held"), (2, "held"), (3, "later")] == sorted(node.rows("t"))
+    assert (node.conflicts(), node.replica.pending()) == ([], 0)
+
+
+def test_a_large_held_batch_is_released_in_short_transactions(make: MakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in between, what is left is sent once more."""
+    monkeypatch.setattr("harmonylite.db.held.RELEASE_ROWS", 2)
+    node = make(1, TWO)
+    with node.transaction():
+        for table, number in (("t", 3), ("u", 4)):
+            for key in range(number):
+                node.sql(f"INSERT INTO {table} VALUES (?, 'x')", (key,))
+    node.absorb()
+    large = node.replica._state.batch
+    node.replica.outgoing.hold(large)
+    left = []
+    while node.replica.outgoing.release(HELD + large):
+        left.append(node.replica.pending())
+        node.crash()
+    assert left == [5, 3, 1]
+    assert node.replica.pending() == 0

@@ -175,6 +175,19 @@ def test_what_is_published_already_needs_no_mark(make: MakeNode) -> None:
     assert b.publish() == []
 
 
+def test_what_waited_at_the_snapshots_node_may_have_been_in_the_lost_tail(make: MakeNode) -> None:
+    """Published after the snapshot, read here, and gone from the log: then nobody else has it."""
+    a, b = make(1, PLAIN), make(2, PLAIN)
+    a.sql("INSERT INTO t VALUES (1, 'x'), (2, 'y')")
+    a.sql("DELETE FROM t WHERE id = 2")
+    groups = a.outgoing()
+    snapshot = copy_of(a)
+    b.apply(*(each.group for each in groups))
+    assert merge(b, snapshot, lost=True).marked == 2
+    again = b.publish()
+    assert ([row for row, _ in written(again, "t")], removed(again, "t")) == ([(1, "x")], [(2,)])
+
+
 def test_a_listener_takes_everything_and_marks_nothing(make: MakeNode) -> None:
     a, b = make(1, PLAIN), make(2, PLAIN, publish=False)
     a.sql("INSERT INTO t VALUES (1, 'x')")

@@ -199,6 +199,15 @@ def test_the_conflict_log_records_a_loser_once_and_stays_bounded(
     assert node.meta("conflicts_total") == node.replica.conflicts_total == 8
 
 
+def test_i10_losers_that_differ_are_each_recorded_though_they_have_one_version(make: MakeNode) -> None:
+    node = make(1, "CREATE TABLE t (id INTEGER PRIMARY KEY, v)")
+    node.apply(wrote("t", IDV, ((1, "winner"), stamp(5000, 9))))
+    for content in ("one", "other", "one"):
+        node.apply(wrote("t", IDV, ((1, content), stamp(1000, 2))))
+    assert sorted(row["v"] for _, _, _, _, row in node.conflicts()) == ["one", "other"]
+    assert node.meta("conflicts_total") == 2
+
+
 # publish=false.
 
 

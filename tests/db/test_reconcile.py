@@ -116,6 +116,17 @@ def test_acknowledged_and_lacking_out_of_the_window_it_is_deleted_and_logged(mak
     assert removed(groups, "t") == [], "what the cluster has forgotten it need not hear of again"
 
 
+@pytest.mark.parametrize("late_ms", [60_000, 60_001])
+def test_what_was_written_later_than_any_delete_that_is_forgotten_is_published(make: MakeNode, late_ms: int) -> None:
+    """Its delete would be in the snapshot. It has been lost: in the end of a log, say."""
+    away = Away(make)
+    away.in_step()
+    away.node.apply(wrote("t", IDV, ((1, "x"), stamp(OUT + late_ms, 9))), stored_ms=OUT + late_ms)
+    deleted = late_ms <= 60_000
+    assert away.merge(OUT) == int(not deleted)
+    assert away.node.rows("t") == ([] if deleted else [(1, "x")])
+
+
 @pytest.mark.parametrize("since_ms", [IN, OUT])
 def test_a_tombstone_that_the_snapshot_lacks_is_published(make: MakeNode, since_ms: int) -> None:
     """It brings nothing back, and may be news to a node that still has the row."""
@@ -205,6 +216,20 @@ def test_after_a_merge_a_node_is_as_much_in_step_as_the_snapshots(make: MakeNode
     away.node.replica.flush()
     away.merge(OUT)
     assert away.node.meta("synced_at_ms") == SYNCED_MS + 9
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_in_step_in_the_future_was_a_server_whose_clock_was_ahead(make: MakeNode, restarted: bool) -> None:
+    """Believed for ever, this node would bring back whatever is deleted while it is away."""
+    away = Away(make)
+    away.node.replica.completeness.note_synced(SYNCED_MS + 73 * 365 * DAY_MS)
+    away.node.replica.flush()
+    if restarted:
+        away.node.crash()
+    away.in_step()
+    away.node.sql("INSERT INTO t VALUES (1, 'x')")
+    away.node.absorb()
+    assert away.node.meta("synced_at_ms") == SYNCED_MS
 
 
 def test_what_the_application_touches_before_it_would_be_deleted_stays(make: MakeNode) -> None:

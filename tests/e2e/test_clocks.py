@@ -9,6 +9,7 @@ import pytest
 
 from tests.e2e.cluster import eventually, hub_and_leaves
 from tests.e2e.writers import SCHEMA, WRITE, WriterProcess, now_ms, writing
+from tests.stream.support import OLD_SERVER, needs_old_server
 
 # Debian's package libfaketime. The Go server asks the kernel directly and is not affected.
 LIBRARY = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
@@ -25,10 +26,14 @@ def clock(offset: str) -> dict[str, str]:
     return {"LD_PRELOAD": str(LIBRARY), "FAKETIME": offset, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
 
 
+@pytest.mark.parametrize("server", [None, pytest.param(OLD_SERVER, marks=needs_old_server)], ids=["today", "old"])
 @pytest.mark.parametrize("offset", ["+365d", "-365d"])
-def test_a_node_with_a_wrong_clock(tmp_path: Path, offset: str) -> None:
-    """It fills the stream, first offline, then online. Edits made on other nodes afterwards win; so do its own."""
-    cluster, _ = hub_and_leaves(tmp_path, SCHEMA)
+def test_a_node_with_a_wrong_clock(tmp_path: Path, offset: str, server: str | None) -> None:
+    """It fills the stream, first offline, then online. Edits made on other nodes afterwards win; so do its own.
+
+    old: servers of before 2.10, which have to be asked for the time.
+    """
+    cluster, _ = hub_and_leaves(tmp_path, SCHEMA, more={"nats": {"server_binary": server}} if server else None)
     with cluster:
         hub, wrong, other = cluster.nodes.values()
         wrong.environment = clock(offset)
@@ -43,6 +48,9 @@ def test_a_node_with_a_wrong_clock(tmp_path: Path, offset: str) -> None:
             eventually(lambda: other.execute("SELECT count(*) FROM item") > [(100,)], 30, "its rows arrive")
             time.sleep(4)
         cluster.wait_settled()
+        status = wrong.status()
+        assert status is not None and status["clock_offset_seconds"] is not None
+        assert abs(abs(status["clock_offset_seconds"]) - 365 * 86_400) < 10
         limit = now_ms() + TOLERANCE_MS + 1_000
         for node in (hub, wrong, other):
             [(newest,)] = node.execute("SELECT max(ts) FROM __harmonylite__item_version")

@@ -162,6 +162,9 @@ def _contested(writes: Sequence[RowWrite]) -> dict[Place, set[RowState | None]]:
     for write in writes:
         if not write.node:
             seeds[write.place].add(write.after)
+    for write in writes:
+        if not write.node and write.before is not None:
+            seeds[write.place].discard(write.before)  # a count, say, that went on before the installation
     written = {write.place for write in writes if write.node}
     return {place: rows for place, rows in seeds.items() if len(rows) > 1 and place not in written}
 
@@ -211,6 +214,8 @@ def _whole(
     for write in transaction:
         # The row as the transaction left it, or as the same node left it later.
         states = {(write.place, each.after) for each in writes[write.place] if each.number >= write.number}
+        if TABLES[write.place[0]].unique:
+            states.add((write.place, None))  # it lost a clash before it was sent
         sent = next((number for number, content in enumerate(contents) if states & content), None)
         if sent is not None and sent > first:
             raise Violation(
@@ -245,6 +250,8 @@ def _clashes_lost_to_newer(world: World, final: Observed) -> None:
         contents |= {(each.place, each.effective): each.row for each in changes_of(received, world.tolerance_ms)}
     for node in world.nodes:
         contents |= node.reference.contents
+        for place, ts, row in node.reference.claims:
+            contents.setdefault((place, Version(ts, node.id)), row)
     for place, (version, _) in final.versions.items():
         row = contents.get((place, version._replace(rank=0)))
         if version.rank == 0 or row is None:

@@ -101,14 +101,14 @@ class Generator:
         return (Write(node, inserts), Sync(node), *(Sync(other) for other in range(self.nodes)))
 
     def _own_seeds(self) -> tuple[tuple[int, Operation], ...]:
-        """Rows that one node has before HarmonyLite is installed; a second one may have another row with that key."""
+        """Rows that one node has before HarmonyLite is installed; others may have other rows with that key."""
         source = self.random
         seeds: dict[tuple[str, Row], list[tuple[int, Operation]]] = {}
         for _ in range(5):
             table, node = self._table(), source.randrange(self.nodes - self.listeners)
             insert = self._insert(table)
             same = seeds.setdefault((table.name, insert.key), [])
-            if not same or (len(same) == 1 and table.exact and same[0][0] != node):
+            if not same or (table.exact and node not in {other for other, _ in same}):
                 same.append((node, insert))
         return tuple(seed for same in seeds.values() for seed in same)
 

@@ -342,11 +342,11 @@ class Node(Process):
     def published(self, through: int) -> None:
         """The stream has everything up to a batch, or a held batch."""
 
-        def done(replica: Replica) -> None:
-            outgoing = replica.outgoing
-            (outgoing.release if is_held(through) else outgoing.mark_published)(through)
-
-        self.call(done)
+        if is_held(through):
+            while self.call(lambda replica: replica.outgoing.release(through)):
+                pass
+        else:
+            self.call(lambda replica: replica.outgoing.mark_published(through))
 
     def deliver(self, shard: int, count: int, again: int = 0) -> bool:
         """Apply the next messages of a stream, old ones again before them. Whether there were new ones."""

@@ -1,9 +1,24 @@
-"""Histories that the engine once failed, as short as they could be made. All have a server that does not tell its time,
-and clocks that are off by hours."""
+"""Histories that the engine once failed, as short as they could be made. All but the last have a server that does not
+tell its time, and clocks that are off by hours."""
 
 from __future__ import annotations
 
-from tests.sim.history import Collect, Deliver, History, Insert, Publish, SetClock, Sync, Update, UpdateAll, Wait, Write
+from tests.sim.history import (
+    Collect,
+    Deliver,
+    History,
+    Insert,
+    Limit,
+    Lose,
+    Publish,
+    SetClock,
+    Sync,
+    Trim,
+    Update,
+    UpdateAll,
+    Wait,
+    Write,
+)
 
 # A write gets a time of which the stream takes less; then the clock is set back, and the floor gave the next write of
 # that row the same version as the first.
@@ -76,9 +91,28 @@ BASE_THAT_NOBODY_ELSE_HAS = History(
     ),
 )
 
+# A transaction waits because it is larger than the stream, and a snapshot is taken. Half of it is overwritten, so that
+# the rest fits and is published; the log loses that, and the snapshot has the row, though nobody else does.
+PUBLISHED_AFTER_THE_SNAPSHOT_AND_LOST = History(
+    nodes=3,
+    tables=("text key",),
+    skip_own=False,
+    steps=(
+        Limit(1),
+        Write(1, (Insert("text key", (7,), (("note", 1.5),)), Insert("text key", ("A",), (("note", "text"),)))),
+        Sync(1),
+        Trim(1, 3),
+        Write(2, (Insert("text key", (7,), (("note", 1.5),)),)),
+        Sync(2),
+        Sync(1),
+        Lose(1, False),
+    ),
+)
+
 REGRESSIONS = {
     "same version twice": SAME_VERSION_TWICE,
     "same version in the log": SAME_VERSION_IN_THE_LOG,
     "floor below a pending write": FLOOR_BELOW_A_PENDING_WRITE,
     "base that nobody else has": BASE_THAT_NOBODY_ELSE_HAS,
+    "published after the snapshot, and lost": PUBLISHED_AFTER_THE_SNAPSHOT_AND_LOST,
 }

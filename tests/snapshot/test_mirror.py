@@ -29,7 +29,7 @@ from harmonylite.snapshot.stores.directory import DirectoryStore
 from harmonylite.snapshot.stores.mirror import MirroredStore
 from harmonylite.stream.log import api_request
 from tests.snapshot.seaweed import Seaweed
-from tests.snapshot.support import MIB, like, snapshot
+from tests.snapshot.support import MIB, NOW_MS, like, snapshot
 from tests.stream.logfixture import SETTINGS, client, single_server
 
 
@@ -131,9 +131,8 @@ def test_a_machine_whose_clock_is_behind_mirrors_the_newest(tmp_path: Path, monk
     """It has none that runs while it is off; the server's clock, which dates snapshots, is known."""
 
     async def scenario(pair: Pair) -> None:
-        known_ms = clock.wall_ms()
-        monkeypatch.setattr(clock, "wall_ms", lambda: known_ms - 5 * 86_400_000)
-        store = MirroredStore(pair.first, pair.second, retain=1, now_ms=lambda: known_ms)
+        monkeypatch.setattr(clock, "wall_ms", lambda: NOW_MS - 5 * 86_400_000)
+        store = MirroredStore(pair.first, pair.second, retain=1, now_ms=lambda: NOW_MS)
         await pair.second.upload(like(pair.manifest, age=6 * 86_400), pair.source)
         await pair.first.upload(pair.manifest, pair.source)
         assert await store.mirror(pair.work) == [pair.manifest.id]

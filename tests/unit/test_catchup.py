@@ -18,7 +18,7 @@ from harmonylite import catchup, clock
 from harmonylite.catchup import CatchUp, Gap
 from harmonylite.config.model import Snapshot as Config
 from harmonylite.db.tables import load_state
-from harmonylite.model import Position
+from harmonylite.model import Delivery, Position, Undecodable, Unread
 from harmonylite.snapshot import mend, state, workfiles
 from harmonylite.snapshot.due import FETCHING
 from harmonylite.snapshot.keeper import SnapshotKeeper
@@ -29,11 +29,12 @@ from harmonylite.snapshot.stores.base import StoreUnavailable
 from harmonylite.snapshot.workfiles import WorkFiles
 from harmonylite.stream.log import StreamState, StreamUnavailable, parse_time_ns
 from harmonylite.wire import unpack
-from tests.unit.snapshot_fakes import STREAM, FakeLink, Lease, Node, Store, opened, stream
+from tests.unit.snapshot_fakes import CREATED, STREAM, FakeLink, Lease, Node, Store, opened, stream
 
 TRIMMED = Gap(STREAM, "messages 11 to 99 were discarded", lost=False, needed=99)
 LOST = Gap(STREAM, "it was made anew", lost=True, needed=0)
 RECREATED = "2026-11-24T09:00:00Z"
+DAY_MS = 86_400_000
 
 
 @pytest.fixture(autouse=True)
@@ -372,6 +373,8 @@ def test_a_lost_tail_with_a_snapshot_from_before_it(tmp_path: Path) -> None:
     async def main() -> None:
         async with bench(tmp_path) as it:
             it.other.write(*range(100))
+            await it.other.engine.absorb()
+            it.other.engine.replica.outgoing.mark_published(load_state(it.other.engine.replica.writer).batch)
             await it.snapshot(120)
             await it.bridge(TRIMMED)
             await it.node.at(180)
@@ -543,6 +546,33 @@ def test_what_the_log_is_after_a_merge_without_a_connection_is_looked_at_again(
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("for_a_gap", [True, False])
+def test_nothing_is_read_while_a_gap_of_an_earlier_connection_is_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, for_a_gap: bool
+) -> None:
+    """The new connection may lead to another log, in which there is no gap."""
+
+    async def main() -> None:
+        async with bench(tmp_path) as it:
+            slow = Slow(monkeypatch)
+            await it.snapshot(150)
+            await asyncio.wait_for(it.catch_up.may_read(), 1)
+            merging = it.catch_up.bridge(it.link, TRIMMED) if for_a_gap else it.catch_up.merge_another(it.link)
+            task = asyncio.ensure_future(merging)
+            await until(lambda: slow.begun)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            assert it.catch_up.bridging == for_a_gap, "what an operator then declares complete is the gap"
+            waiting = asyncio.create_task(it.catch_up.may_read())
+            await asyncio.sleep(0.05)
+            assert waiting.done() != for_a_gap
+            slow.may_end.set()
+            await asyncio.wait_for(waiting, 5)
+            assert it.catch_up.busy != for_a_gap
+
+    asyncio.run(main())
+
+
 def test_a_merge_ends_with_the_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with bench(tmp_path) as it:
@@ -575,6 +605,7 @@ def test_a_delete_that_all_have_forgotten_stays_one_after_the_log_was_made_anew(
             for each in (it.node, it.other):
                 await each.engine.absorb()
                 each.engine.replica.outgoing.mark_published(1)
+            written(it.node, recreated_ms - 100 * DAY_MS)
             it.log = stream(1, 5, RECREATED)
             if days < 90:
                 assert await it.bridge(LOST), "they would still have the delete"
@@ -582,6 +613,7 @@ def test_a_delete_that_all_have_forgotten_stays_one_after_the_log_was_made_anew(
                 return
             async with it.waiting(LOST) as task:
                 assert "longer than deletes are remembered" in str(it.state.catching_up)
+                assert "last in step at 2026-08-25T09:00:00.000Z" in str(it.state.catching_up), "for who chooses one"
                 await until(lambda: it.lease.own_wish is not None)
                 assert await it.node.engine.pending() == 0
                 # Taken by a node that has read the new log, and never forgot a delete itself.
@@ -674,5 +706,70 @@ def test_what_waits_in_a_snapshot_from_the_future_is_bounded_by_now(tmp_path: Pa
             await it.bridge(TRIMMED)
             ((ts,),) = it.node.application.execute("SELECT ts FROM __harmonylite__t_version WHERE k0 = 3")
             assert ts == now_ms + it.node.engine.replica.tolerance_ms
+
+    asyncio.run(main())
+
+
+def written(node: Node, ms: int) -> None:
+    """As if all of its rows had been written at that time."""
+    node.application.execute("UPDATE __harmonylite__t_version SET ts = ?", (ms,))
+
+
+async def publish(node: Node) -> None:
+    """All that was written is acknowledged."""
+    await node.engine.absorb_all()
+    node.engine.replica.outgoing.mark_published(load_state(node.engine.replica.writer).batch)
+
+
+async def forget(node: Node, since_ms: int) -> None:
+    """As if the node had forgotten its tombstones from before that time."""
+    replica = node.engine.replica
+    await node.engine.write(
+        lambda: replica.judge(lambda _: replica.completeness.arrive((), synced_at_ms=0, tombstones_since_ms=since_ms)),
+    )
+
+
+def test_what_came_after_a_snapshot_stays_while_the_log_is_read_on(tmp_path: Path) -> None:
+    """Nobody has written for long, so the time up to which this node knows all is long ago: but what the snapshot lacks
+    is not what the others have deleted, it came since, and nothing reads it again."""
+
+    async def main() -> None:
+        now_ms = clock.wall_ms()
+        async with bench(tmp_path, now_ms - 100 * DAY_MS) as it:
+            replica = it.node.engine.replica
+            await it.node.engine.write(lambda: replica.completeness.note_hole("stream s: messages 3 to 5"))
+            for each in (it.node, it.other):
+                each.write(1)
+                await publish(each)
+            await forget(it.other, now_ms - 10 * DAY_MS)
+            await it.snapshot(120)
+            await it.node.at(130)
+            it.node.write(2)
+            await publish(it.node)
+            written(it.node, now_ms - 50 * DAY_MS)  # by a clock that was behind
+            assert await it.catch_up.merge_another(it.link, in_step=False)
+            assert it.node.rows() == {1: "x", 2: "x"}
+            assert await it.node.position() == 130
+
+    asyncio.run(main())
+
+
+def test_a_delete_that_could_not_be_read_and_is_forgotten_stays_one(tmp_path: Path) -> None:
+    """What was read after a message that this version cannot read does not make this node know all until then."""
+
+    async def main() -> None:
+        now_ms = clock.wall_ms()
+        async with bench(tmp_path, now_ms - 100 * DAY_MS) as it:
+            it.node.write(1, text="deleted in the message that was not read")
+            await publish(it.node)
+            written(it.node, now_ms - 101 * DAY_MS)
+            unread = Undecodable(9, b"newer", "format 9", Unread(now_ms - 99 * DAY_MS, 2, joined=True))
+            position = Position(STREAM, CREATED, 10, now_ms * 1_000_000)
+            await it.node.engine.apply(Delivery(position, (), (unread,)))
+            await forget(it.other, now_ms - 5 * DAY_MS)
+            await it.snapshot(120)
+            assert not await it.bridge(TRIMMED)
+            assert it.node.rows() == {}
+            assert await it.node.engine.pending() == 0, "it comes back everywhere"
 
     asyncio.run(main())

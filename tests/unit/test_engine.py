@@ -302,3 +302,24 @@ def test_counts_while_a_table_is_being_installed(tmp_path: Path, monkeypatch: py
             await following
 
     run(test())
+
+
+def test_after_much_was_written_the_log_can_begin_afresh(tmp_path: Path) -> None:
+    """While we write, the application is kept from copying the write-ahead log; not for ever."""
+
+    async def test() -> None:
+        async with opened(tmp_path) as node:
+            node.insert(0)
+            reader = apsw.Connection(str(tmp_path / "app.db"))
+            reader.execute("BEGIN; SELECT count(*) FROM t").fetchall()
+            for first in range(1, 100_001, 20_000):
+                node.insert(first, 20_000)
+                assert await node.engine.absorb()
+            reader.close()
+            node.application.setbusytimeout(0)
+            truncate = "PRAGMA wal_checkpoint(TRUNCATE)"
+            assert node.application.execute(truncate).fetchall()[0][0] == 1  # busy
+            while node.application.execute(truncate).fetchall() != [(0, 0, 0)]:
+                await asyncio.sleep(0.05)
+
+    run(test())

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+import apsw
 import pytest
 
 from harmonylite import publishing
@@ -27,7 +28,7 @@ class Database:
 
     def __init__(self, sizes: Mapping[int, int], joined: Sequence[int] = ()) -> None:
         self.metrics = Metrics("h", "l")
-        self.replica = self
+        self.replica = self.outgoing = self
         self.pending = dict(sizes)
         self.joined = tuple(joined)
         self.watermark = 0
@@ -422,6 +423,22 @@ def test_a_held_batch_that_got_another_number_is_tried_again(grown: bool) -> Non
                 database.pending[HELD + 3] = 50
                 await it.publishing.look_at_held()
             await it.until(lambda: "released 3" in database.events)
+
+    asyncio.run(main())
+
+
+def test_a_database_that_does_not_answer_ends_no_connection() -> None:
+    async def main() -> None:
+        database = Database({1: 500})
+        async with Connection(database) as it:
+            await it.idle()
+
+            async def busy() -> dict[int, int]:
+                raise apsw.BusyError("database is locked")
+
+            cast(Any, database).held = busy
+            await it.publishing.look_at_held()
+            assert list(it.progress.too_large) == [HELD + 1]
 
     asyncio.run(main())
 

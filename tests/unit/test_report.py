@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from harmonylite.report import LAG_LASTS_S, held_rows, present_lag
+from harmonylite.report import LAG_LASTS_S, MOST_HELD, held_rows, present_lag
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,9 @@ def test_what_is_held_is_told_as_long_as_it_is_held() -> None:
     # After a restart, before the stream was asked again.
     [text] = held_rows({7: 2, 8: 3}, {})
     assert text.startswith("5 rows of a transaction are not published: the stream could not hold it")
+
+
+def test_of_thousands_that_are_held_a_few_are_named() -> None:
+    *named, rest = held_rows(dict.fromkeys(range(1_000), 1), {batch: f"batch {batch}" for batch in range(1_000)})
+    assert named == [f"batch {batch}" for batch in range(MOST_HELD)]
+    assert rest == f"{1_000 - MOST_HELD} more transactions are not published: each is larger than its stream"

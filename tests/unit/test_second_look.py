@@ -92,7 +92,7 @@ def test_large_tables_are_looked_through_now_and_then(
             assert node.sql("SELECT k0 FROM __harmonylite__t_version WHERE deleted") == [(1,)]
             assert await node.look() == 0
             with monkeypatch.context() as patched:
-                patched.setattr(engine.replica, "look_through", lambda table: pytest.fail("nothing was written"))
+                patched.setattr(engine.replica.unseen, "look_through", lambda table: pytest.fail("nothing was written"))
                 assert await node.look() == 0
             # Offline, what may have evicted rows is absorbed soon, so that the time of the eviction is about right.
             node.sql("REPLACE INTO t VALUES (7, 'v2')")
@@ -162,7 +162,6 @@ def test_a_table_that_is_dropped_while_it_is_looked_through(tmp_path: Path, monk
 
             def dropped(look: evictions.Look) -> Any:
                 node.sql("DROP TABLE t")
-                node.engine.replica._writer  # noqa: B018 - it is followed by the look itself
                 return step(look)
 
             monkeypatch.setattr(evictions.Look, "step", dropped)

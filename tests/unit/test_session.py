@@ -47,7 +47,7 @@ class Database:
         self.events: list[str] = []
         self.applied: list[Delivery] = []
         self.loses_positions = False
-        self.replica = self
+        self.replica = self.outgoing = self.completeness = self
         self.pace = Pace(messages=4, bytes=64_000)
         self.apply_held_s = 0.0
 
@@ -62,12 +62,13 @@ class Database:
         return job()
 
     incomplete: str | None = None
+    unread_messages = 0
 
     def note_hole(self, text: str) -> None:
         self.incomplete = text
         self.events.append("hole noted")
 
-    def start_over(self, position: Position) -> None:
+    async def start_over(self, position: Position) -> None:
         self.events.append(f"started over at {position.sequence}")
 
     async def move_position(self, position: Position) -> None:
@@ -236,6 +237,40 @@ def test_a_stream_whose_position_was_lost_is_read_again(monkeypatch: pytest.Monk
     asyncio.run(main())
 
 
+def test_reading_begins_when_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the position as it is then: what was waited for moves it."""
+
+    async def main() -> None:
+        database, may = Database(), asyncio.Event()
+
+        async def may_read() -> None:
+            await may.wait()
+
+        made = Session(
+            *(cast(Any, database), cast(Any, Client()), SETTINGS, Mode(), Wakeup(), Progress()),
+            tolerance_ms=60_000,
+            may_read=may_read,
+        )
+        begun: list[int] = []
+
+        def consumer(stream: str, position: Position) -> Stream:
+            begun.append(position.sequence)
+            return Stream([])
+
+        monkeypatch.setattr(made, "_consumer", consumer)
+        state: Any = type("State", (), {"name": OWN, "last_seq": 8})
+        consuming = asyncio.ensure_future(made._consume(state))
+        await asyncio.sleep(0.01)
+        assert database.events == []
+        database.at = Position(OWN, "created", 7)
+        may.set()
+        with pytest.raises(LogError, match="the end"):
+            await consuming
+        assert begun == [7]
+
+    asyncio.run(main())
+
+
 def test_what_is_read_at_a_time_follows_how_long_the_lock_was_held() -> None:
     async def main() -> None:
         database = Database()
@@ -347,6 +382,26 @@ def test_without_snapshots_everything_is_published_again_and_the_hole_is_told(
         assert database.events[-2:] == ["hole noted", "started over at 49"], "known even if killed in between"
         assert database.incomplete is not None
         assert "11 to 49" in database.incomplete
+
+    asyncio.run(main())
+
+
+def test_what_waited_for_a_gap_is_read_again_once_it_is_bridged(
+    stream_is: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else this node would take no snapshot, and ask to be upgraded, for as long as the connection holds."""
+
+    async def due(_: object) -> bool:
+        return True
+
+    async def main() -> None:
+        stream_is(50, 90)
+        monkeypatch.setattr(replication, "is_due", due)
+        database = Database()
+        bridge = Bridges(database, 60)
+        with pytest.raises(BeginAgain):
+            await gap_session(database, bridge)._bridge(GapFound(OWN, 11, 50, "messages 11 to 49 were discarded"))
+        assert len(bridge.gaps) == 1
 
     asyncio.run(main())
 

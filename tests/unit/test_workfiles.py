@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from harmonylite.snapshot import workfiles
+from harmonylite.snapshot.manifest import Manifest
 from harmonylite.snapshot.workfiles import (
     NoRoom,
     SnapshotFailed,
@@ -192,3 +193,37 @@ def test_a_disk_without_room_is_told_from_one_with_it(tmp_path: Path, monkeypatc
     monkeypatch.setattr(workfiles, "ROOM_LEFT_BYTES", free)
     with pytest.raises(NoRoom):
         check_room(tmp_path, 1 << 30, "a snapshot")
+
+
+@pytest.mark.parametrize(
+    ("own_mb", "has_room"),
+    [(None, True), (100, True), (60, True), (40, False), (0, False)],
+    ids=["no database", "as large", "to grow by what is packed", "to grow by more", "empty"],
+)
+def test_what_the_database_grows_by_is_not_taken_from_the_application(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_mb: int | None, has_room: bool
+) -> None:
+    """A merge on a disk that is full waits for room, and so does the application, while the snapshot takes it up."""
+    files, megabyte = WorkFiles(tmp_path / "app.db"), 1_000_000
+    if own_mb is not None:
+        with (tmp_path / "app.db").open("wb") as file:
+            file.truncate(own_mb * megabyte)
+    manifest = Manifest(
+        id=ID,
+        node_id=7,
+        version="1",
+        created_ms=0,
+        positions=(),
+        schema="",
+        size=100 * megabyte,
+        stored_size=50 * megabyte,
+        sha256="0" * 64,
+        tombstones_since_ms=0,
+    )
+    asked: list[int] = []
+    monkeypatch.setattr(workfiles, "check_room", lambda folder, needed, what: asked.append(needed))
+    files.check_room(manifest)
+    assert (asked[0] <= 150 * megabyte) == has_room
+    files.download(ID).write_bytes(bytes(megabyte))
+    files.check_room(manifest)
+    assert asked[1] == asked[0] - megabyte

@@ -148,7 +148,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "clash tombstones are published",
-        (Edit("harmonylite.db.resolve:Context.pending", "if not self.publish:", "if True:"),),
+        (Edit("harmonylite.db.context:Context.pending", "if not self.publish:", "if True:"),),
         tables=_CLASHING,
     ),
     Mutation(

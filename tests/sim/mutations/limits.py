@@ -20,7 +20,7 @@ MUTATIONS = (
     ),
     Mutation(
         "what was held is not pending once the stream has it",
-        (Edit("harmonylite.db.held:release", "batch, published)", "batch, batch - HELD)"),),
+        (Edit("harmonylite.db.held:release", "(published, batch, left)", "(batch - HELD, batch, left)"),),
         first=_HISTORIES,
     ),
 )

@@ -21,6 +21,7 @@ from tests.sim.history import (
     Update,
     Write,
 )
+from tests.sim.regressions import PUBLISHED_AFTER_THE_SNAPSHOT_AND_LOST
 
 _MARK = "harmonylite.db.marking:Marking._mark"
 _GAP = "harmonylite.stream.log:compare_lineage"
@@ -148,6 +149,11 @@ MUTATIONS: tuple[Mutation, ...] = (
         "I3: what the log lost is published again",
         (Edit(_MARK, _VERSIONED, "AND false"),),
         first=(_UNREAD,),
+    ),
+    Mutation(
+        "I3: so is what the snapshot's node had not published, and the log lost since",
+        (Edit("harmonylite.db.difference:marking", " OR {same})", ")"),),
+        first=(PUBLISHED_AFTER_THE_SNAPSHOT_AND_LOST,),
     ),
     Mutation(
         "I3: rows of all origins are published again, by every node that has them",

@@ -199,11 +199,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     # taking one
     Mutation(
         "no row of a snapshot is newer than its version: the change logs are empty in it",
-        (
-            Edit(
-                "harmonylite.db.replica:Replica.start_copy", "if not self.absorbing.has_log(self._writer):", "if True:"
-            ),
-        ),
+        (Edit("harmonylite.db.copy:start_copy", "if not replica.absorbing.has_log(writer):", "if True:"),),
         first=_WRITTEN_MEANWHILE,
     ),
     Mutation(
@@ -235,7 +231,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "an adopted version is bounded as the stream would have bounded it",
-        (Edit(f"{_MERGER}._bounded", "if not found.pending or", "if True or"),),
+        (Edit("harmonylite.db.together:Together._bounded", "if not found.pending or", "if True or"),),
         first=(_YEAR_AHEAD,),
     ),
     # which one, and where reading goes on
@@ -246,7 +242,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "I3: after a merge reading goes on at the snapshot's positions",
-        (Edit(_ARRIVE, "tables.save_position(self._writer, position)", "pass"),),
+        (Edit(_ARRIVE, "tables.save_position(writer, position)", "pass"),),
         first=(_TRIMMED,),
     ),
     Mutation(
@@ -296,7 +292,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "a unique value that wandered is no clash: its rows are merged together",
-        (Edit(f"{_MERGER}._completed", "while todo and", "while False and"),),
+        (Edit("harmonylite.db.together:Together.completed", "while todo and", "while False and"),),
         first=(_WANDERED,),
     ),
     # rows that the snapshot does not have, or has older
@@ -320,8 +316,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             Edit(
                 "harmonylite.db.difference:marking",
-                "(s.ts IS NULL OR (v.ts, v.node, v.rank) > (s.ts, s.node, s.rank))",
-                "(NOT v.deleted AND (s.ts IS NULL OR (v.ts, v.node, v.rank) > (s.ts, s.node, s.rank)))",
+                "(s.ts IS NULL OR (v.ts, v.node, v.rank) > (s.ts, s.node, s.rank) OR {same})",
+                "(NOT v.deleted AND (s.ts IS NULL OR (v.ts, v.node, v.rank) > (s.ts, s.node, s.rank) OR {same}))",
             ),
         ),
         first=(DELETED_HERE,),
