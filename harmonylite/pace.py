@@ -14,9 +14,10 @@ from itertools import accumulate
 from typing import Final
 
 # A transaction should hold the write lock for about so long, commit included; half as long again is no reason to take
-# less. On a busy machine that matters most: who computes for longer than a time slice (3 ms) is made to wait by the
-# scheduler in the midst of it, for many times as long, and the lock with it.
-AIM_S: Final = 0.007
+# less: 18 ms, which is when SQLite's busy handler looks again. On a busy machine less would be better for the longest
+# wait (who computes for longer than a time slice is made to wait by the scheduler in the midst of it, and the lock with
+# it), but the lock would be free for most of the time.
+AIM_S: Final = 0.012
 MOST_MESSAGES: Final = 256
 LEAST_BYTES, MOST_BYTES = 4 << 10, 8 << 20
 # How long SQLite's own busy handler (sqliteDefaultBusyCallback) sleeps between two looks at the lock; later 0.1 s.
@@ -25,8 +26,6 @@ LONGEST_PAUSE_S: Final = 0.1
 _LOOKS_S: Final = tuple(accumulate(PAUSES_S))
 # Who waits wakes up a little late.
 SLACK_S: Final = 0.002
-# A lock that was held for longer than this is not free for as long as it was held.
-FAIR_S: Final = 0.03
 # No hindrance.
 SHORT_S: Final = 0.001
 
@@ -66,9 +65,9 @@ class Pace:
 
 def free_for(held_s: float) -> float:
     """Seconds for which a lock that was held for `held_s` stays free: until everybody has looked who began to wait
-    meanwhile, and for as long again, up to FAIR_S."""
+    meanwhile. So nobody waits for longer than that and one pause."""
     if held_s < SHORT_S:
         return 0.0
     index = bisect.bisect_left(_LOOKS_S, held_s)
     pause = PAUSES_S[index] if index < len(PAUSES_S) else LONGEST_PAUSE_S
-    return max(min(held_s, FAIR_S), pause + SLACK_S)
+    return pause + SLACK_S

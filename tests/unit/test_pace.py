@@ -71,8 +71,9 @@ def test_who_waits_gets_the_lock_when_it_is_let_go(holds: list[float], part: flo
 
 
 @given(st.floats(SHORT_S, 1.0))
-def test_the_lock_is_free_half_of_the_time(held: float) -> None:
-    assert min(held, 0.03) <= free_for(held) <= 0.11
+def test_the_lock_is_free_for_no_longer_than_that_takes(held: float) -> None:
+    """What is caught up in the meantime is nothing."""
+    assert free_for(held) <= min(held + 0.007, 0.103)
 
 
 def test_the_next_transaction_waits_until_then() -> None:
