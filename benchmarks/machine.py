@@ -59,7 +59,7 @@ def describe_versions() -> Versions:
         harmonylite=__version__,
         python=platform.python_version(),
         sqlite_application=sqlite3.sqlite_version,
-        sqlite_daemon=apsw.sqlite_lib_version(),
+        sqlite_daemon=apsw.sqlitelibversion(),
         apsw=apsw.apsw_version(),
         nats_py=version("nats-py"),
         nats_server=server.split()[-1].lstrip("v"),

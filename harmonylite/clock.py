@@ -1,4 +1,4 @@
-"""Time on devices without a clock: steps of the wall clock, and the server's time (DESIGN 8).
+"""Time on devices without a clock: steps of the wall clock, and the server's time (docs/rules.md, Clocks).
 
 Wall times are milliseconds since 1970 (UTC); boot times milliseconds since this boot, also while suspended. Slewing
 by NTP changes the rate of both clocks alike; only a step (settimeofday, a first NTP answer, a leap second) moves one

@@ -336,7 +336,7 @@ class Engine:
         return await self.write(lambda: self.replica.prune_tombstones(server_ms))
 
     async def server_time(self, server_ms: int, round_trip_ms: float) -> None:
-        """The server answered just now with its time: bound, correct, raise the floor (DESIGN 8)."""
+        """The server answered just now with its time: bound, correct, raise the floor (docs/rules.md, Clocks)."""
         server = self.time.heard(server_ms, round_trip_ms)
         async with self._clock_lock:
             # First: a clock that was just set agrees with the server, but what was written before does not.

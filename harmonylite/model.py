@@ -137,7 +137,7 @@ class Position:
     """How far a stream was applied: everything up to and including `sequence` has taken effect here.
 
     `created` (the stream's creation time, RFC 3339) and `stored_ns` (the stream's time of the message at
-    `sequence`, nanoseconds since 1970; 0 when unknown) tell whether it is still the same log (DESIGN 7).
+    `sequence`, nanoseconds since 1970; 0 when unknown) tell whether it is still the same log.
     """
 
     stream: str

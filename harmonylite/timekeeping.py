@@ -1,4 +1,4 @@
-"""What this node knows of the time: its own clock, the server's, and what to correct (DESIGN 8)."""
+"""What this node knows of the time: its own clock, the server's, and what to correct (docs/rules.md, Clocks)."""
 
 from __future__ import annotations
 

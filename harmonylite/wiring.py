@@ -10,7 +10,7 @@ from harmonylite.stream.provision import STREAMS_SHARE
 from harmonylite.stream.server import BundledServer
 from harmonylite.stream.server_config import store_limit
 
-# How far ahead of the stream's time a version may be before it is bounded (DESIGN 8).
+# How far ahead of the stream's time a version may be before it is bounded (docs/rules.md, Clocks).
 TOLERANCE_MS = 60_000
 DAY_MS = 86_400_000
 

@@ -22,6 +22,8 @@ from harmonylite.config.model import KEYS, value_of
 from harmonylite.db import inspect
 from harmonylite.db.inspect import DatabaseUnreadable
 from harmonylite.mounts import mount_of
+from harmonylite.observe.control import holder_pid
+from harmonylite.stream.server_log import port_owner
 from harmonylite.stream.server_process import StartError, binary_version, find_binary
 
 Level = Literal["ok", "warn", "fail"]
@@ -256,10 +258,10 @@ def ports(config: Config, *, running: bool) -> Iterator[Check]:
         wanted += [(f"nats.{name}", value_of(config, f"nats.{name}")) for name in names]
     for key, text in wanted:
         if text and split_address(text, any_port=True).port:
-            yield _port(key, text, running=running)
+            yield _port(key, text, daemon=holder_pid(config.db_path) if running else 0, running=running)
 
 
-def _port(key: str, text: str, *, running: bool) -> Check:
+def _port(key: str, text: str, *, daemon: int, running: bool) -> Check:
     host, port = split_address(text)
     try:
         family, kind, _, _, address = socket.getaddrinfo(
@@ -273,9 +275,13 @@ def _port(key: str, text: str, *, running: bool) -> Check:
     except socket.gaierror as error:
         return Check("ports", "fail", f"{key}: {host} is not a host name here: {error.strerror}", f"correct {key}")
     except OSError as error:
-        if error.errno == errno.EADDRINUSE and running:
-            return Check("ports", "ok", f"{key}: {text} is in use, by the daemon that runs")
         if error.errno == errno.EADDRINUSE:
+            owner = port_owner(port)
+            # Who cannot be seen (another user's process, another namespace) is taken for the daemon that runs.
+            if running and (owner is None or daemon == 0 or daemon in (owner.pid, owner.parent)):
+                return Check("ports", "ok", f"{key}: {text} is in use, by the daemon that runs")
+            if owner is not None:
+                return Check("ports", "fail", f"{key}: {text} is in use by {owner}", f"end that, or change {key}")
             return Check(
                 "ports", "fail", f"{key}: {text} is in use by another program", f"ss -ltnp tells which, or change {key}"
             )

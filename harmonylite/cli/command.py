@@ -136,6 +136,14 @@ def local_time(ms: int) -> str:
         return f"{ms} ms"
 
 
+def writing(ms: int, node: int) -> str:
+    """Who wrote a row version, and when: to the millisecond, since that decides between two of them."""
+    if (ms, node) == (0, 0):
+        return "before the installation"
+    seconds = local_time(ms)
+    return f"by node {node} at {seconds}" + (f".{ms % 1000:03d}" if not seconds.endswith("ms") else "")
+
+
 def rfc3339(ms: int) -> str | None:
     """Milliseconds since 1970 as RFC 3339 in UTC; None for years beyond 9999."""
     try:

@@ -18,6 +18,7 @@ from harmonylite.cli.command import (
     sql_key,
     sql_row,
     warn,
+    writing,
 )
 from harmonylite.db import inspect
 from harmonylite.db.inspect import Conflict
@@ -42,11 +43,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print(conflict: Conflict) -> None:
-    lost = ""
-    if conflict.winner_ts is not None:
-        lost = f", lost to node {conflict.winner_node} of {local_time(conflict.winner_ts)}"
     print_line(f"{local_time(conflict.recorded_ms)}  {conflict.table} {sql_key(conflict.key)}  {conflict.reason}")
-    print_line(f"    written by node {conflict.node} at {local_time(conflict.ts)}{lost}")
+    print_line(f"    written {writing(conflict.ts, conflict.node)}")
+    if conflict.winner_ts is not None and conflict.winner_node is not None:
+        print_line(f"    lost to the one written {writing(conflict.winner_ts, conflict.winner_node)}")
     print_line(
         f"    {sql_row(conflict.row)}" if conflict.row else "    (a delete, or a row of which only the key is known)"
     )

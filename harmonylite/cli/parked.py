@@ -16,6 +16,7 @@ from harmonylite.cli.command import (
     rfc3339,
     sql_key,
     sql_row,
+    writing,
 )
 from harmonylite.db import inspect
 from harmonylite.db.inspect import Parked, UnreadMessage
@@ -63,7 +64,7 @@ def _message_as_json(message: UnreadMessage) -> dict[str, object]:
 def _print(parked: Parked) -> None:
     detail = f": {parked.detail}" if parked.detail else ""
     print_line(f"{local_time(parked.parked_ms)}  {parked.table} {sql_key(parked.key)}  {parked.reason}{detail}")
-    print_line(f"    written by node {parked.node} at {local_time(parked.ts)}")
+    print_line(f"    written {writing(parked.ts, parked.node)}")
     if parked.deleted:
         print("    (a delete)")
     elif parked.row:

@@ -87,7 +87,10 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         raise Failure(f"--instance {instance}: use letters, digits, _ and -")
     if instance == "config":
         raise Failure("--instance config: config.toml is the configuration of harmonylite.service; choose another name")
-    database = Path(os.path.realpath(arguments.db.expanduser()))
+    try:
+        database = Path(os.path.realpath(arguments.db.expanduser()))
+    except RuntimeError:
+        raise Failure(f"--db {arguments.db}: there is no such user; correct --db") from None
     if database.is_dir():
         raise Failure(f"{database} is a directory: name the database file in it")
     if not database.parent.is_dir():

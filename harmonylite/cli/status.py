@@ -171,7 +171,7 @@ def _position(position: StreamPosition) -> str:
 
 
 def _when(timestamp: str | None) -> str:
-    return f", last {_moment(timestamp)}" if timestamp else ""
+    return f", the last written {_moment(timestamp)}" if timestamp else ""
 
 
 def _parsed(timestamp: str) -> datetime | None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from harmonylite.config.model import KEYS, Config, Nats, value_of
 from harmonylite.config.rules import is_credential
 from harmonylite.config.values import split_address
 
+# Files that are read when they are needed: the daemon starts without them, and does not connect.
+_READ_LATER = ("seed_file", "ca_file", "cert_file", "key_file", "server_config")
 _LOOPBACK = ("localhost", "127.", "[::1]")
 # What only the bundled server reads.
 _BUNDLED_ONLY = (
@@ -66,6 +69,17 @@ def _port_clashes(config: Config) -> Iterator[tuple[str, str]]:
             taken[port] = key
 
 
+def _is_missing(path: str) -> bool:
+    # One behind a folder that is closed to this user may be there for the daemon's.
+    try:
+        Path(path).stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no file is called that
+        return True
+    except OSError:
+        pass
+    return False
+
+
 def remarks(config: Config) -> Iterator[tuple[str, str]]:
     """(dotted key, message) for each setting that is accepted and does not do what one might expect of it."""
     nats, snapshot = config.nats, config.snapshot
@@ -73,6 +87,11 @@ def remarks(config: Config) -> Iterator[tuple[str, str]]:
         value = value_of(config, key.name)
         if isinstance(value, str) and is_credential(value):
             yield key.name, "is not available here: this process was started without systemd credentials"
+    for name in _READ_LATER:
+        path = getattr(nats, name)
+        unused = config.external and name in _BUNDLED_ONLY
+        if path and not unused and not is_credential(path) and _is_missing(path):
+            yield f"nats.{name}", f"names {path}, and there is no such file"
     if config.external:
         untouched = Nats()
         for name in _BUNDLED_ONLY:

@@ -166,9 +166,16 @@ def path() -> Rule:
         folder = os.environ.get("CREDENTIALS_DIRECTORY")
         if folder and is_credential(given):
             return folder + given[len(CREDENTIALS) :]
-        return str(Path(given).expanduser()) if given else given
+        return str(_at_home(given)) if given else given
 
     return Rule("path", read)
+
+
+def _at_home(given: str) -> Path:
+    try:
+        return Path(given).expanduser()
+    except RuntimeError:
+        raise ValueError(f"begins with the name of a user who has no home here; it is {shown(given)}") from None
 
 
 def is_credential(path: str) -> bool:
@@ -183,7 +190,10 @@ def database_path() -> Rule:
         given = os.fspath(value) if isinstance(value, Path) else _text(value)
         if not given:
             raise ValueError("must name the application's SQLite file")
-        found = Path(given).expanduser().resolve()
+        try:
+            found = _at_home(given).resolve()
+        except RuntimeError:  # Python before 3.13
+            raise ValueError(f"is a link that leads to itself; it is {shown(given)}") from None
         if found.is_dir():
             raise ValueError(f"must name a file, but {found} is a directory")
         return found

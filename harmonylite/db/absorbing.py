@@ -20,7 +20,7 @@ T = TypeVar("T")
 class Absorbing:
     """Owns the absorber of the schema that is installed. Methods say which connection they use.
 
-    bound_ms: the latest time that a write may claim (DESIGN 8); None: the server's time is not known.
+    bound_ms: the latest time that a write may claim (docs/rules.md, Clocks); None: the server's time is not known.
     """
 
     def __init__(self, database: Database, settings: ReplicaSettings) -> None:

@@ -37,6 +37,10 @@ _DATA_VERSION: Final = "PRAGMA data_version"
 # Where the log's header has the numbers that change when it begins afresh (https://sqlite.org/fileformat2.html#walformat)
 _SALTS: Final = 16
 
+# By device and inode. Never closed: that would take away all locks of this process on the file, SQLite's too
+# (https://sqlite.org/howtocorrupt.html, 2.2).
+_descriptors: Final[dict[tuple[int, int], int]] = {}
+
 
 class Checkpoints:
     """Of one writing connection; all methods on its thread, outside a transaction."""
@@ -135,18 +139,24 @@ class Checkpoints:
         """SQLite waits for the disk only when it has copied to the end of the log. Whoever does that, the application
         perhaps, should not have to wait for all that was copied since the last time.
 
-        On one of SQLite's own descriptors: closing another one of the same file would take away all its locks on it
-        (https://sqlite.org/howtocorrupt.html, 2.2). If it is closed meanwhile, another file is synced, or none.
+        On a descriptor of our own: of an error of the disk, each descriptor hears once, and SQLite has to hear of it
+        before it lets the log begin afresh. Not through xSync of apsw, which keeps every other thread from running
+        until the disk is done.
         """
         with contextlib.suppress(OSError):
-            for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - Path.iterdir makes an object of each
-                with contextlib.suppress(FileNotFoundError):
-                    if os.readlink(f"/proc/self/fd/{name}") == self._path:  # noqa: PTH115 - as above
-                        os.fdatasync(int(name))
-                        return
+            os.fdatasync(_descriptor(self._path))
 
     def _stand(self) -> None:
         """At the end of the log as it is now."""
         self.step_aside()
         self._guard.execute("BEGIN")
         sql.rows(self._guard, "PRAGMA schema_version")  # now the view is fixed
+
+
+def _descriptor(path: str) -> int:
+    """Of the file that is there now, for as long as this process lives. OSError: it is gone, or there are too many."""
+    found = Path(path).stat()
+    file = found.st_dev, found.st_ino
+    if file not in _descriptors:
+        _descriptors[file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    return _descriptors[file]

@@ -71,7 +71,7 @@ class Parked:
 
     def leftover(self, table: Table) -> Parked | None:
         """What still waits when a newer row has taken effect that lacks columns of this one: these, until the table has
-        them (DESIGN 6: "a losing message still fills columns whose version is older"). None: nothing."""
+        them (docs/rules.md, Apply). None: nothing."""
         if self.row is None:
             return None
         missing = {name: value for name, value in self.row.items() if table.column(name) is None}

@@ -1,10 +1,9 @@
 """Whole copies of a database: a snapshot taken while the application writes, and what becomes of one elsewhere.
 
 A copy keeps versions, pending marks and parked rows, so that nodes that merge it can take all of them over
-(DESIGN 7). The view that is copied is one in which every change log is empty: no row in it is newer than its
-version. It is made with the backup API from a pinned reader: VACUUM INTO cannot run inside a transaction, and fails
-on collations that only the application has.
-"""
+(docs/rules.md, Catching up). The view that is copied is one in which every change log is empty: no row in it is newer
+than its version. It is made with the backup API from a pinned reader: VACUUM INTO cannot run inside a transaction, and
+fails on collations that only the application has."""
 
 from __future__ import annotations
 
@@ -208,13 +207,13 @@ def adopt_copy(
     apsw.IOError leave the file as it was.
 
     What waits in it to be published was written elsewhere, and keeps its versions, which the stream has not bounded
-    yet: none may claim a time after `latest_ms`, when the copy was made plus the tolerance (DESIGN 8).
+    yet: none may claim a time after `latest_ms`, when the copy was made plus the tolerance (docs/rules.md, Clocks).
     """
     with _opened(path) as connection, sql.write_transaction(connection):
         tables.set_meta(connection, "node_id", node_id)
         tables.set_meta(connection, "instance_id", secrets.token_hex(16))
         tables.set_meta(connection, "boot_id", "")
-        # Times that another node has seen on its own clock are no floor for this one's (DESIGN 4).
+        # Times that another node has seen on its own clock are no floor for this one's (docs/rules.md, Versions).
         tables.set_meta(connection, "floor_ms", 0)
         unversioned.set_copy_joined(connection)
         published = tables.load_state(connection).published_batch

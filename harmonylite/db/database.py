@@ -33,7 +33,7 @@ EPOCH_SHIFT = 28
 class ReplicaSettings:
     """publish=False: no triggers, what the cluster says wins. group_rows: a group is closed once it holds that many
     rows. max_transaction_bytes: a transaction larger than that is cut. tolerance_ms: how far a version may be ahead
-    of the stream's time (DESIGN 8). boot_id: tells this boot of the machine from others."""
+    of the stream's time (docs/rules.md, Clocks). boot_id: tells this boot of the machine from others."""
 
     node_id: int
     publish: bool = True

@@ -174,7 +174,7 @@ def soundness(path: Path, seconds: float) -> Soundness:
 def _soundness(connection: apsw.Connection, seconds: float) -> Soundness:
     pages, page_bytes = (integer(connection, f"PRAGMA {name}") for name in ("page_count", "page_size"))
     size = pages * page_bytes
-    version = tuple(map(int, apsw.sqlite_lib_version().split(".")[:2]))
+    version = tuple(map(int, apsw.sqlitelibversion().split(".")[:2]))
     if version < _INTERRUPTIBLE_CHECK and size > seconds * _SLOW_CARD_BYTES_PER_S:
         return Soundness(None, 0.0, size)
     deadline = time.monotonic() + seconds
@@ -365,6 +365,8 @@ def _why(path: Path, error: apsw.Error) -> str:
     # SQLite says "unable to open database file" for all of these.
     try:
         path.stat()
+    except FileNotFoundError:
+        return "there is no such file: the application makes it, or the daemon of a new node fetches a copy"
     except OSError as reason:
         return f"cannot be opened: {reason.strerror}"
     if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):

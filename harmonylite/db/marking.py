@@ -1,4 +1,4 @@
-"""Everything is to be published again, because the log lost what it had acknowledged (DESIGN 7, lineage).
+"""Everything is to be published again, because the log lost what it had acknowledged (docs/rules.md, Catching up).
 
 Millions of marks in one transaction would lock the application out for many seconds: they are set a piece at a time.
 The position moves last, so that a node that is killed half-way finds the same gap again and marks the rest.

@@ -1,4 +1,4 @@
-"""Merges a snapshot into the live database, row by row by version, the application running (DESIGN 7).
+"""Merges a snapshot into the live database, row by row by version, the application running (docs/rules.md).
 
 Reading and writing alternate: `find` compares a piece of the snapshot with the database on a connection of its own
 and takes no lock; `write` lets what was found take effect in one short write transaction, in which everything is
@@ -114,10 +114,10 @@ class Merger:
     ) -> None:
         """positions, tombstones_since_ms, created_ms (server time): the manifest's. The snapshot's file is only read.
 
-        created_ms bounds what the snapshot's node had not published, as the stream would have (DESIGN 8). in_step: all
-        streams were read to their ends and missed nothing, so the cluster knows every version that is here. reads_on:
-        they are read meanwhile; what the snapshot lacks may have come after it, and is not deleted for that. lost: the
-        log lost messages that came after the snapshot; what waited there when it was taken may have been in them.
+        created_ms bounds what the snapshot's node had not published, as the stream would have. in_step: all streams
+        were read to their ends and missed nothing, so the cluster knows every version that is here. reads_on: they are
+        read meanwhile; what the snapshot lacks may have come after it, and is not deleted for that. lost: the log lost
+        messages that came after the snapshot; what waited there when it was taken may have been in them.
         """
         self._in_step = in_step
         self._reads_on = reads_on

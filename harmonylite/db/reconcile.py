@@ -1,4 +1,4 @@
-"""What a merge changes in the live database, each inside the caller's write transaction (DESIGN 7, the table).
+"""What a merge changes in the live database, each inside the caller's write transaction (docs/rules.md, Catching up).
 
 What was found was read earlier, without a lock: a row that has another version by now is left alone.
 """

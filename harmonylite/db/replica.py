@@ -198,7 +198,7 @@ class Replica:
     def absorb(self, bound_ms: int | None = None, correction: Correction = NO_CORRECTION) -> int:
         """Writer. One short write transaction that moves the change logs into the version tables.
 
-        bound_ms: the latest time that a write may claim (DESIGN 8); None: the server's time is not known.
+        bound_ms: the latest time that a write may claim (docs/rules.md, Clocks); None: the server's time is not known.
         Returns the number of log rows taken; more may be left when the log is large.
         """
         return self.absorbing.absorb(bound_ms, correction)

@@ -1,4 +1,4 @@
-"""The careful way to apply one table's changes: row by row, every rule of DESIGN 6.
+"""The careful way to apply one table's changes: row by row, every rule of docs/rules.md, Apply.
 
 `apply` comes here when the fast way met something out of the ordinary: a clash, a concurrent edit, a row that does
 not fit, a table that looks different here.

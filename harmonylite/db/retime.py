@@ -1,4 +1,5 @@
-"""Versions of rows that nobody has seen yet get other times, once it is known what the clock was off by (DESIGN 8)."""
+"""Versions of rows that nobody has seen yet get other times, once it is known what the clock was off by
+(docs/rules.md, Clocks)."""
 
 from __future__ import annotations
 
@@ -91,7 +92,7 @@ def _retime(
 
 
 class Times:
-    """What the server's time, and a step of the local clock, mean for what was written here (DESIGN 8)."""
+    """What the server's time, and a step of the local clock, mean for what was written here (docs/rules.md, Clocks)."""
 
     def __init__(self, database: Database, absorbing: Absorbing, settings: ReplicaSettings) -> None:
         self._database = database

@@ -24,7 +24,7 @@ Values = Mapping[str, Value]
 
 @dataclass(frozen=True, slots=True)
 class VersionRow:
-    """What a version table says of one row. batch: see DESIGN 5; None when the row came from elsewhere."""
+    """What a version table says of one row. batch: the one it is published with; None: it came from elsewhere."""
 
     version: Version
     deleted: bool = False

@@ -194,7 +194,7 @@ class Stamping:
                         note(replica.writer, stamped(replica.writer) | {normal(name)})
                 took = time.perf_counter() - started
         except apsw.FullError:
-            self._renew_view(replica.writer)  # the write-ahead log may be all the room there is
+            self._renew_view(replica)  # the write-ahead log may be all the room there is
             raise
         self._piece = None
         self.done += len(piece.keys)
@@ -207,15 +207,16 @@ class Stamping:
 
         self._written += 1
         if self._written % WAL_PIECES == 0 and _wal_bytes(replica.writer) > MOST_WAL_BYTES:
-            self._renew_view(replica.writer)
+            self._renew_view(replica)
 
-    def _renew_view(self, writer: apsw.Connection) -> None:
+    def _renew_view(self, replica: Replica) -> None:
         log.debug("another view of the database is taken", extra={"fields": {"table": self._at, "rows": self.done}})
         self._rewind()
         if not self._connection.getautocommit():
             self._connection.execute("ROLLBACK")
-        # A view that needs nothing of the write-ahead log lets it begin anew.
-        _wal_bytes(writer)
+        # A view that needs nothing of the write-ahead log lets it begin anew, if nobody else has one.
+        replica.at_rest(last=True)
+        _wal_bytes(replica.writer)
         self._fix_view()
 
     def _there(self, replica: Replica, piece: Piece) -> Sequence[Row]:

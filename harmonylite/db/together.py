@@ -18,7 +18,7 @@ from harmonylite.model import Row
 
 class Together:
     """Reads on the connection that the snapshot is attached to. mine: the schema here; latest_ms: bounds what the
-    snapshot's node had not published, as the stream would have (DESIGN 8)."""
+    snapshot's node had not published, as the stream would have (docs/rules.md, Clocks)."""
 
     def __init__(self, connection: apsw.Connection, theirs: SnapshotFile, mine: Schema, latest_ms: int) -> None:
         self._connection = connection

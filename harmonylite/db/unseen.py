@@ -55,7 +55,7 @@ class Unseen:
         return taken
 
     def look_through(self, table: Table) -> Iterator[list[Row]]:
-        """Looker. Rows of one table that went by a way no trigger sees (DESIGN 3), or whose delete is still logged,
+        """Looker. Rows of one table that went by a way no trigger sees, or whose delete is still logged,
         piece by piece; reads all of its versions."""
         look = evictions.Look(self._database.looker, table)
         while self._publishes and not look.ended:

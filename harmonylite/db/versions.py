@@ -38,7 +38,7 @@ _SEEN_BASE = (
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """Times up to `until_ms` were logged by a clock that was `delta_ms` behind the true one (DESIGN 8)."""
+    """Times up to `until_ms` were logged by a clock that was `delta_ms` behind the true one (docs/rules.md, Clocks)."""
 
     delta_ms: int = 0
     until_ms: int = UNBOUNDED_MS

@@ -224,6 +224,11 @@ def _holder(name: bytes) -> Peer:
         return _peer_of(connection)
 
 
+def holder_pid(db_path: Path) -> int:
+    """The process of the daemon that runs on this database; 0 if there is none, or it cannot be seen from here."""
+    return _holder(socket_name(db_path)).pid
+
+
 def query(db_path: Path, request: Document, timeout: float = 3.0) -> Document:
     """Ask the daemon that runs on this database: `{"command": ...}` -> the handler's result.
 

@@ -205,7 +205,10 @@ class Connection:
             await _abandon(client)
             if self._last_error is None:
                 self._last_error = why
-            log.warning("connection to NATS lost", extra={"fields": {"server": endpoint.address, "error": why}})
+            if self._closing:  # by `close`, which is no trouble
+                log.info("connection to NATS closed", extra={"fields": {"server": endpoint.address}})
+            else:
+                log.warning("connection to NATS lost", extra={"fields": {"server": endpoint.address, "error": why}})
             await self._tell(self._on_disconnect)
 
     async def _watch(self, client: Client, endpoint: Endpoint) -> str:

@@ -61,7 +61,8 @@ def read_seed(name: str) -> Seed:
     try:
         lines = Path(name).read_text(encoding="ascii").split()
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"[nats] seed_file {name} cannot be read: {error}") from None
+        why = (isinstance(error, OSError) and error.strerror) or "it is not text"
+        raise SettingsError(f"[nats] seed_file {name} cannot be read: {why}") from None
     seed = next((line for line in lines if line.startswith("SU")), None)
     if seed is None:
         raise SettingsError(f'[nats] seed_file {name} holds no user seed (a line that begins with "SU")')

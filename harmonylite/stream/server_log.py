@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from harmonylite.stream.server_settings import ServerSettings
@@ -190,11 +191,31 @@ def _explain_listen(text: str, setting: str, port: int) -> str:
     return f"{setting}: {text}"
 
 
-def port_owner(port: int) -> str | None:
-    """The process that listens on TCP `port`, as "process 4711 (name)"; None if it cannot be seen (another user's)."""
+@dataclass(frozen=True, slots=True)
+class PortOwner:
+    """A process that listens, and the one that started it (0: unknown). As text: "process 4711 (name)"."""
+
+    pid: int
+    parent: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} ({self.name})"
+
+
+def port_owner(port: int) -> PortOwner | None:
+    """The process that listens on TCP `port`; None if it cannot be seen (another user's) or is gone."""
     sockets = {f"socket:[{inode}]" for inode in _listening_inodes(port)}
     owner = next((p for p in Path("/proc").glob("[0-9]*") if sockets and _has_open(p, sockets)), None)
-    return f"process {owner.name} ({(owner / 'comm').read_text().strip()})" if owner else None
+    if owner is None:
+        return None
+    try:
+        # proc(5), /proc/pid/stat: pid, name in parentheses, state, parent.
+        stat = (owner / "stat").read_text()
+    except OSError:
+        return None
+    name, _, rest = stat.partition("(")[2].rpartition(")")
+    return PortOwner(int(owner.name), int(rest.split()[1]), name)
 
 
 def _has_open(process: Path, sockets: set[str]) -> bool:

@@ -1,4 +1,4 @@
-"""DESIGN 4 and 8: how logged changes get their versions, and how clocks that are wrong do no harm."""
+"""How logged changes get their versions, and how clocks that are wrong do no harm."""
 
 from __future__ import annotations
 

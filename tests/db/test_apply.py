@@ -1,4 +1,4 @@
-"""DESIGN 6: what other nodes wrote takes effect, once, whole, in any order."""
+"""What other nodes wrote takes effect, once, whole, in any order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DESIGN 3: what triggers see, for keys of every kind, and what the application may do beside them."""
+"""What triggers see, for keys of every kind, and what the application may do beside them."""
 
 from __future__ import annotations
 

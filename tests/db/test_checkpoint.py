@@ -153,6 +153,37 @@ def test_the_log_stops_growing_although_the_application_commits_all_the_time(
     assert ours == [beside.path] * len(copies)
 
 
+def test_sqlite_hears_of_every_error_of_the_disk_and_keeps_its_locks(
+    beside: Beside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux tells of a failed write once per open file, and a closed descriptor takes the process's locks with it."""
+    database = beside.path.stat()
+
+    def of_database() -> set[int]:
+        numbers = (int(entry.name) for entry in Path("/proc/self/fd").iterdir())
+        return {number for number in numbers if is_database(number)}
+
+    def is_database(number: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(number), database)
+        except OSError:
+            return False
+
+    synced: set[int] = set()
+    monkeypatch.setattr(os, "fdatasync", synced.add)
+    of_sqlite = of_database()
+    beside.commit_while_copying(monkeypatch)
+    for _ in range(2):
+        beside.arrive(1_500)
+    [ours] = synced
+    assert is_database(ours)
+    assert ours not in of_sqlite
+    beside.replica.close()
+    assert ours in of_database()
+    locks = Path("/proc/locks").read_text()
+    assert f":{database.st_ino} " in locks, "the application's"
+
+
 def test_at_rest_nothing_is_in_the_way_of_the_log(beside: Beside) -> None:
     reader = apsw.Connection(str(beside.path))
     reader.execute("BEGIN; SELECT count(*) FROM t").fetchall()

@@ -1,4 +1,4 @@
-"""DESIGN 6: rows of different keys that may not stand beside each other."""
+"""Rows of different keys that may not stand beside each other."""
 
 from __future__ import annotations
 

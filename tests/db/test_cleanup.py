@@ -1,4 +1,4 @@
-"""CONTRACT: `harmonylite cleanup` takes our things out and loses nothing."""
+"""`harmonylite cleanup` takes our things out and loses nothing."""
 
 from __future__ import annotations
 

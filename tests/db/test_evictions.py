@@ -1,4 +1,4 @@
-"""Rows that OR REPLACE evicts through an index that no trigger watches (DESIGN 3): noticed with the write, or soon."""
+"""Rows that OR REPLACE evicts through an index that no trigger watches: noticed with the write, or soon."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_an_eviction_through_an_index_that_is_gone_when_it_is_absorbed(make: Mak
 
 
 def test_rows_missing_after_a_rebuild_are_not_taken_for_evicted(make: MakeNode) -> None:
-    """Nobody knows when they went: "at current ts + 1 and never at now" (DESIGN 9)."""
+    """Nobody knows when they went: at the version they had and 1, never at now."""
     node = make(1, SCRIPT)
     node.sql("INSERT INTO t VALUES (1, 'a'), (2, 'b')")
     node.publish()

@@ -1,4 +1,4 @@
-"""Numbers of groups, by which receivers tell the parts of one group from those of another (DESIGN 5)."""
+"""Numbers of groups, by which receivers tell the parts of one group from those of another (docs/rules.md, Publish)."""
 
 from __future__ import annotations
 

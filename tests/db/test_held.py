@@ -198,7 +198,7 @@ def test_killed_anywhere_the_batch_is_held_whole_or_not_at_all(make: MakeNode) -
     node.absorb()
     batch = node.replica._state.batch
     for statement in range(1, 100):
-        node.writer.exec_trace = Killer(statement)
+        node.writer.setexectrace(Killer(statement))
         try:
             node.replica.outgoing.hold(batch)
         except KeyboardInterrupt:
@@ -210,7 +210,7 @@ def test_killed_anywhere_the_batch_is_held_whole_or_not_at_all(make: MakeNode) -
                 return
         else:
             break
-    node.writer.exec_trace = None
+    node.writer.setexectrace(None)
     assert statement > 3
     assert node.replica.outgoing.held() == {HELD + batch: 2}
 

@@ -1,4 +1,4 @@
-"""DESIGN 3 and 9, CONTRACT: half of our things are gone, tables are renamed and rebuilt, everything is removed."""
+"""Half of our things are gone, tables are renamed and rebuilt, everything is removed."""
 
 from __future__ import annotations
 

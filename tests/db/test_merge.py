@@ -1,4 +1,4 @@
-"""Merging a snapshot into a live database: by version, without losing a write made meanwhile (DESIGN 7)."""
+"""Merging a snapshot into a live database: by version, without losing a write made meanwhile (docs/rules.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DESIGN 5: what is published, in which groups, and what an acknowledgement means."""
+"""What is published, in which groups, and what an acknowledgement means."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DESIGN 6: rows that do not fit wait, and nothing else is stopped by them."""
+"""Rows that do not fit wait, and nothing else is stopped by them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a merge does with rows that the snapshot does not have, or has older: each cell of the table in DESIGN 7."""
+"""What a merge does with rows that the snapshot does not have, or has older: each case of docs/rules.md."""
 
 from __future__ import annotations
 

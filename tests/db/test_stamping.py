@@ -1,4 +1,4 @@
-"""Rows older than the installation get their (0, 0) versions a few at a time, whatever happens meanwhile (DESIGN 3)."""
+"""Rows older than the installation get their (0, 0) versions a few at a time, whatever happens meanwhile."""
 
 from __future__ import annotations
 
@@ -547,7 +547,7 @@ def test_another_view_is_taken_also_if_the_log_cannot_be_copied(
     assert under_way is not None
     node.writer.setexectrace(full)
     assert step(node, 2) == 2
-    under_way._renew_view(node.writer)
+    under_way._renew_view(node.replica)
     assert len(copied) == 3
     assert not under_way._connection.getautocommit(), "it has a view all the same"
     step(node)

@@ -1,4 +1,4 @@
-"""DESIGN 6: messages, disks and locks that make trouble stop no node and lose nothing."""
+"""Messages, disks and locks that make trouble stop no node and lose nothing."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""I4 through a rolling upgrade: some nodes have a new column already and others do not (DESIGN 6: "a losing message
-still fills columns whose version is older")."""
+"""I4 through a rolling upgrade: some nodes have a new column already and others do not: what loses still
+fills the columns whose version is older (docs/rules.md, Apply)."""
 
 from __future__ import annotations
 

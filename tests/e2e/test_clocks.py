@@ -1,4 +1,4 @@
-"""A node whose clock is a year ahead: it takes part, and its rows do not win for ever (DESIGN 8)."""
+"""A node whose clock is a year ahead: it takes part, and its rows do not win for ever (docs/rules.md, Clocks)."""
 
 from __future__ import annotations
 

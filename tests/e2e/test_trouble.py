@@ -7,13 +7,12 @@ import os
 import signal
 import socket
 import sqlite3
-import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.disks import small_disk
 from tests.e2e.cluster import QUICK, Cluster, Node, eventually, hub_and_leaves
 from tests.e2e.writers import SCHEMA, WRITE
 from tests.stream.support import bare_server, free_port, nats_server_binary
@@ -215,20 +214,6 @@ def test_a_transaction_larger_than_the_stream_of_a_node_that_was_offline(tmp_pat
         assert hub.execute("SELECT count(*) FROM item WHERE id LIKE 'small%'") == [(20,)]
         assert hub.execute("SELECT id, sequence FROM item WHERE id LIKE 'huge%'") == [("huge-7", 1000)]
         assert len(lines_with(leaf, "published in smaller groups")) == 1
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[None]:
-    folder.mkdir(parents=True)
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"no small disk: mount needs root ({mounted.stderr.decode().strip()})")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=False)
 
 
 def test_a_disk_that_is_full(tmp_path: Path) -> None:

@@ -149,24 +149,21 @@ def _honest_clocks_predict(world: World, final: Observed) -> None:
     clocks_stepped = any(write.node and write.logged_ms != write.true_ms for write in world.writes)
     if any(world.history.offsets) or clocks_stepped:
         return
-    contested = _contested(world.writes)
+    contested = _contested(world)
     for place, row in honest_outcome(world.writes).items():
         known = place not in world.revived and place not in contested
         if TABLES[place[0]].exact and known and final.rows.get(place) != row:
             raise Violation(f"I5: {place} is {final.rows.get(place)}, the latest write was {row}")
 
 
-def _contested(writes: Sequence[RowWrite]) -> dict[Place, set[RowState | None]]:
+def _contested(world: World) -> dict[Place, set[RowState]]:
     """Rows of which nodes had different ones before the installation, and nobody wrote another since."""
-    seeds: dict[Place, set[RowState | None]] = defaultdict(set)
-    for write in writes:
-        if not write.node:
-            seeds[write.place].add(write.after)
-    for write in writes:
-        if not write.node and write.before is not None:
-            seeds[write.place].discard(write.before)  # a count, say, that went on before the installation
-    written = {write.place for write in writes if write.node}
-    return {place: rows for place, rows in seeds.items() if len(rows) > 1 and place not in written}
+    had: dict[Place, set[RowState]] = defaultdict(set)
+    for rows in world.had:
+        for place, row in rows.items():
+            had[place].add(row)
+    written = {write.place for write in world.writes if write.node}
+    return {place: rows for place, rows in had.items() if len(rows) > 1 and place not in written}
 
 
 def _causality(final: Observed, writes: dict[Place, list[RowWrite]]) -> None:
@@ -176,7 +173,8 @@ def _causality(final: Observed, writes: dict[Place, list[RowWrite]]) -> None:
         if winner is None:
             continue
         for write in of_place:
-            if write.before == winner.after and write.after != winner.after:
+            # Who saw what before the installation nobody can tell.
+            if write.node and write.before == winner.after and write.after != winner.after:
                 raise Violation(f"I6: {place} is {winner.after}, but node {write.node} replaced it: {write}")
 
 
@@ -250,8 +248,10 @@ def _clashes_lost_to_newer(world: World, final: Observed) -> None:
         contents |= {(each.place, each.effective): each.row for each in changes_of(received, world.tolerance_ms)}
     for node in world.nodes:
         contents |= node.reference.contents
-        for place, ts, row in node.reference.claims:
-            contents.setdefault((place, Version(ts, node.id)), row)
+    rivals = list(contents.items())
+    for node in world.nodes:
+        # Also those that only one transaction ever saw.
+        rivals += [((place, Version(ts, node.id)), row) for place, ts, row in node.reference.claims]
     for place, (version, _) in final.versions.items():
         row = contents.get((place, version._replace(rank=0)))
         if version.rank == 0 or row is None:
@@ -259,7 +259,7 @@ def _clashes_lost_to_newer(world: World, final: Observed) -> None:
         table = TABLES[place[0]]
         if not any(
             rival is not None and other[:2] >= version[:2] and table.clash(row, rival)
-            for (rival_place, other), rival in contents.items()
+            for (rival_place, other), rival in rivals
             if rival_place[0] == table.name and rival_place != place
         ):
             raise Violation(f"{place}: {row} lost a clash with {version}, and there never was a newer row that clashes")
@@ -280,8 +280,8 @@ def _losers_recorded(
             lost = write.after is not None and write.after != final.rows.get(place) and write.after not in replaced
             if write.node and lost and write.after is not None and (write.after[serial][1],) not in recorded:
                 raise Violation(f"I10: nobody recorded the loss of {write}")
-    for place, rows in _contested(world.writes).items():
+    for place, rows in _contested(world).items():
         serial = TABLES[place[0]].columns.index("serial")
-        for row in rows - {final.rows.get(place), None}:
-            if row is not None and (row[serial][1],) not in recorded:
+        for row in rows - {final.rows.get(place)}:
+            if (row[serial][1],) not in recorded:
                 raise Violation(f"I10: nobody recorded the loss of {row}, which a node had before the installation")

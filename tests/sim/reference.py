@@ -41,7 +41,7 @@ class RowWrite:
 
 @dataclass(frozen=True)
 class Change:
-    """One row of a group (its sequence number): with the version it claims, and the one that counts (DESIGN 8)."""
+    """One row of a group (its sequence number): with the version it claims, and the one that counts."""
 
     group: int
     place: Place

@@ -20,7 +20,7 @@ from tests.sim.shrink import shrink
 from tests.sim.world import HistoryFailed, World, run
 
 PROGRESS_SECONDS = 10.0
-SHRINK_SECONDS = 120.0
+SHRINK_SECONDS, TEST_SHRINK_SECONDS = 120.0, 30.0
 
 
 def failure(history: History) -> HistoryFailed | None:
@@ -41,6 +41,14 @@ def smallest(failed: HistoryFailed, seconds: float = SHRINK_SECONDS) -> HistoryF
         return found is not None and type(found.error) is kind
 
     return failure(shrink(failed.history, fails, seconds)) or failed
+
+
+def run_as_test(history: History, name: object) -> None:
+    """AssertionError: `name`, and the failure with as few steps as can be found in half a minute."""
+    try:
+        run(history)
+    except HistoryFailed as failed:
+        raise AssertionError(f"{name}: {smallest(failed, TEST_SHRINK_SECONDS)}") from None
 
 
 def report(failed: HistoryFailed, seed: int | None) -> None:

@@ -35,27 +35,18 @@ from tests.sim.history import (
     Wait,
 )
 from tests.sim.regressions import REGRESSIONS
-from tests.sim.soak import smallest
+from tests.sim.soak import run_as_test
 from tests.sim.tables import TABLES
 from tests.sim.world import HistoryFailed, World, run
 
 QUICK_HISTORIES = 100
 ALL_HISTORIES = 2_000
-SHRINK_SECONDS = 30.0
-
-
-def run_seed(seed: int) -> World:
-    """The history of a seed; its failure is reported as small as it can be made."""
-    try:
-        return run(generate(seed))
-    except HistoryFailed as failed:
-        raise AssertionError(f"seed {seed}: {smallest(failed, SHRINK_SECONDS)}") from None
 
 
 @pytest.mark.parametrize("first", range(0, QUICK_HISTORIES, 10))
 def test_generated_histories_converge(first: int) -> None:
     for seed in range(first, first + 10):
-        run_seed(seed)
+        run_as_test(generate(seed), seed)
 
 
 @pytest.mark.slow
@@ -63,7 +54,7 @@ def test_generated_histories_converge(first: int) -> None:
 @pytest.mark.parametrize("first", range(QUICK_HISTORIES, ALL_HISTORIES, 100))
 def test_many_generated_histories_converge(first: int) -> None:
     for seed in range(first, first + 100):
-        run_seed(seed)
+        run_as_test(generate(seed), seed)
 
 
 @pytest.mark.parametrize("name", REGRESSIONS)
@@ -75,10 +66,7 @@ def test_histories_that_once_failed_pass(name: str) -> None:
 def test_each_kind_of_table_converges(name: str) -> None:
     for seed in range(3):
         history = Generator(random.Random(f"{name} {seed}"), (name,)).history(30)
-        try:
-            run(history)
-        except HistoryFailed as failed:
-            raise AssertionError(f"{name} {seed}: {smallest(failed, SHRINK_SECONDS)}") from None
+        run_as_test(history, f"{name} {seed}")
 
 
 # Numbers from hypothesis that the generator of histories uses as its coin: what fails is then shrunk by hypothesis.

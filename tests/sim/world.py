@@ -83,6 +83,8 @@ class World:
         self._serial = len(self.writes)
         for index, operation in history.own_seeds:
             self.nodes[index].seed((operation,))
+        # What each node had before the installation.
+        self.had = [dict(node.reference.rows) for node in self.nodes]
 
     def __enter__(self) -> World:
         return self

@@ -60,7 +60,7 @@ async def error_of(settings: ClientSettings) -> str:
         return connection.last_error
 
 
-def test_connects_and_closes(tmp_path: Path) -> None:
+def test_connects_and_closes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def run() -> None:
         with bare_server(tmp_path) as (url, _):
             connection = Connection(to(url))
@@ -77,6 +77,8 @@ def test_connects_and_closes(tmp_path: Path) -> None:
             await connection.close()
 
     asyncio.run(run())
+    # An ordinary stop is no trouble.
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 def test_what_was_published_before_close_arrives(tmp_path: Path) -> None:
@@ -335,7 +337,7 @@ def _listener(url: str) -> int:
 
     owner = port_owner(int(url.rpartition(":")[2]))
     assert owner is not None
-    return int(owner.split()[1])
+    return owner.pid
 
 
 def test_a_refused_publish_is_told_and_the_connection_stays(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +21,7 @@ from nats.js.client import JetStreamContext
 from harmonylite.stream.client import ClientSettings, Connection
 from harmonylite.stream.server import BundledServer, Pauses, ServerState
 from harmonylite.stream.server_config import ServerSettings
+from tests.disks import small_disk
 from tests.stream.support import (
     FAST,
     OLD_SERVER,
@@ -465,17 +465,9 @@ def test_a_damaged_store_is_reported(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = shutil.which("mount")
-    command = [mount or "mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
-    if os.getuid() != 0 or mount is None or subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        pytest.skip("cannot mount a small tmpfs here (needs root)")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", "8m"):
+        yield tmp_path / "disk"
 
 
 async def fill(js: JetStreamContext) -> None:
@@ -483,9 +475,9 @@ async def fill(js: JetStreamContext) -> None:
         await js.publish("changes.1", bytes(200_000), timeout=2)
 
 
-def test_the_store_limit_is_below_the_disk(small_disk: Path) -> None:
+def test_the_store_limit_is_below_the_disk(disk: Path) -> None:
     async def run() -> None:
-        async with bundled(node(small_disk)) as server, connected(server) as connection:
+        async with bundled(node(disk)) as server, connected(server) as connection:
             await publish(server, connection)
             js = await jetstream(server, connection)
             with pytest.raises(Exception, match="insufficient"):
@@ -498,14 +490,14 @@ def test_the_store_limit_is_below_the_disk(small_disk: Path) -> None:
     asyncio.run(run())
 
 
-def test_a_full_disk_is_reported_and_survived(small_disk: Path) -> None:
+def test_a_full_disk_is_reported_and_survived(disk: Path) -> None:
     """Somebody else fills the disk: the stream dies, and lives again once there is room, without help."""
 
     async def run() -> None:
-        async with bundled(node(small_disk)) as server, connected(server) as connection:
+        async with bundled(node(disk)) as server, connected(server) as connection:
             await publish(server, connection)
             js = await jetstream(server, connection)
-            hog = small_disk / "hog"
+            hog = disk / "hog"
             with hog.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
                 while True:
                     file.write(bytes(1 << 16))

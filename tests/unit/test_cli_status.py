@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -110,7 +113,7 @@ def test_an_online_node(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["nats"] == "connected to nats://hub:4222"
     assert found["pending"] == "0 rows"
     assert found["published"] == "1,234 rows"
-    assert found["applied"].startswith("99 rows, last 2024-0")
+    assert found["applied"].startswith("99 rows, the last written 2024-0")
     assert found["lag"] == "0.012 s"
     assert found["position"] == "harmonylite-changes-1 40 of 42"
     assert found["snapshot"] == "2 h old, by node 3, 1.0 MB in nats"
@@ -207,6 +210,26 @@ def test_doctor_knows_the_ports_of_its_own_daemon(path: Path, capsys: pytest.Cap
     assert code == 0, out
     assert f"127.0.0.1:{port} is in use, by the daemon that runs" in out
     assert "ok    daemon: running, healthy" in out
+
+
+def test_doctor_tells_a_stranger_on_a_port_from_the_daemon(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = "import socket; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as stranger:
+        assert stranger.stdout is not None
+        port = int(stranger.stdout.readline())
+        with (path.parent / "config.toml").open("a") as file:
+            file.write(f'publish = false\n[health_check]\nenable = true\nbind = "127.0.0.1:{port}"\n')
+        # A child of the daemon's, as its nats-server is.
+        with daemon(path, {"status": lambda: node().to_json()}):
+            code, out, _ = run(path, capsys, "doctor")
+        assert code == 0, out
+        assert f"127.0.0.1:{port} is in use, by the daemon that runs" in out
+        with daemon(path, {"status": lambda: node().to_json()}), pytest.MonkeyPatch.context() as patch:
+            patch.setattr("harmonylite.cli.checks.holder_pid", lambda _: os.getppid())
+            code, out, _ = run(path, capsys, "doctor")
+        stranger.stdin.close()  # type: ignore[union-attr]
+    assert code == 1
+    assert f"127.0.0.1:{port} is in use by process {stranger.pid} (python" in out
 
 
 def test_doctor_fails_when_the_daemon_is_unhealthy(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -302,6 +302,25 @@ def test_settings_that_contradict_each_other(tmp_path: Path, lines: str, key: st
 
 
 @pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("~nobody-of-that-name/app.db", "begins with the name of a user who has no home here"),
+        ("loop/app.db", "is a link that leads to itself"),
+    ],
+)
+def test_a_database_path_that_leads_nowhere_is_one_line(tmp_path: Path, given: str, message: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    path = given if given.startswith("~") else str(tmp_path / given)
+    try:
+        found = load(None, {"db_path": path, "node_id": 1}).db_path
+    except ConfigError as error:
+        assert [problem.key for problem in error.problems] == ["db_path"]
+        assert message in error.problems[0].message
+    else:  # Python 3.13 and later resolve a loop as far as it goes; opening the file says the rest
+        assert given == "loop/app.db" and found.name == "app.db"
+
+
+@pytest.mark.parametrize(
     ("lines", "key", "message"),
     [
         ("[nats]\nurls = ['nats://h']\nserver_config = 'x'", "nats.server_config", "no bundled server runs"),
@@ -312,6 +331,9 @@ def test_settings_that_contradict_each_other(tmp_path: Path, lines: str, key: st
             "unencrypted",
         ),
         ("[nats]\nseed_file = '${CREDENTIALS_DIRECTORY}/seed'", "nats.seed_file", "without systemd credentials"),
+        ("[nats]\nseed_file = '/no/such.seed'", "nats.seed_file", "names /no/such.seed, and there is no such file"),
+        ("[nats]\nca_file = '/no/such.pem'", "nats.ca_file", "names /no/such.pem, and there is no such file"),
+        ("[nats]\nserver_config = '/no/such'", "nats.server_config", "names /no/such, and there is no such file"),
     ],
 )
 def test_settings_without_effect_are_noted(tmp_path: Path, lines: str, key: str, message: str) -> None:

@@ -54,7 +54,7 @@ def test_the_examples_in_the_page_load(tmp_path: Path) -> None:
     assert len(blocks) >= 3
     for block in blocks:
         # Files that only exist on a device.
-        block = re.sub(r"^user_password_file.*$", "", block, flags=re.MULTILINE)
+        block = re.sub(r"^(user_password|ca)_file.*$", "", block, flags=re.MULTILINE)
         file = tmp_path / "config.toml"
         file.write_text(block if block.startswith("db_path") else f'db_path = "a.db"\n{block}')
         assert load(file, {"node_id": 1}).notes == ()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from harmonylite.snapshot.local import has_unversioned, is_joined
 from harmonylite.snapshot.manifest import Manifest
 from harmonylite.snapshot.state import SnapshotState
 from harmonylite.snapshot.workfiles import WorkFiles
+from tests.disks import small_disk
 from tests.unit.snapshot_fakes import FakeLink, Lease, Node, Store, opened, stream
 
 
@@ -172,18 +172,6 @@ def test_an_installation_that_is_cancelled_is_waited_for(tmp_path: Path, monkeyp
         asyncio.run(main())
     finally:
         go_on.set()
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[None]:
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
-    mounted = subprocess.run(mount, capture_output=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"no small disk: mount needs root ({mounted.stderr.decode().strip()})")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=False)
 
 
 def test_a_disk_that_fills_up_while_a_first_database_is_made(

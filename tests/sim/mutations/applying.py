@@ -1,4 +1,4 @@
-"""What arrives takes effect (DESIGN 6)."""
+"""What arrives takes effect (docs/rules.md, Apply)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Capturing and publishing (DESIGN 3 and 5)."""
+"""Capturing and publishing (docs/rules.md, Capture and Publish)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from tests.sim.history import (
     Connect,
     Delete,
     History,
-    Insert,
     Publish,
     Race,
     Step,
@@ -20,14 +19,11 @@ from tests.sim.history import (
     Wait,
     Write,
 )
+from tests.sim.mutations.steps import row
 
 _ABSORB = "harmonylite.db.versions:Absorb.of"
 _CLASHING = ("two_unique", "pair_unique")
 _DROPPABLE = ("partial_unique", "expression_unique")
-
-
-def _row(key: int, note: str) -> Insert:
-    return Insert("counter", (key,), (("note", note),), "OR REPLACE")
 
 
 def _history(*steps: Step, retention_ms: int | None = None) -> History:
@@ -35,23 +31,23 @@ def _history(*steps: Step, retention_ms: int | None = None) -> History:
 
 
 # A row of a transaction is written again before both are published.
-_WRITTEN_AGAIN = _history(Write(0, (_row(1, "first"), _row(2, "first"))), Absorb(0), Write(0, (_row(2, "second"),)))
+_WRITTEN_AGAIN = _history(Write(0, (row(1, "first"), row(2, "first"))), Absorb(0), Write(0, (row(2, "second"),)))
 
-_NEVER_STORED = _history(Connect(0), Write(0, (_row(1, "lost"),)), Collect(0), Publish(0, 1, "lost"))
+_NEVER_STORED = _history(Connect(0), Write(0, (row(1, "lost"),)), Collect(0), Publish(0, 1, "lost"))
 
 # The application writes while groups are collected.
 _WRITTEN_MEANWHILE = tuple(
     _history(
         Sync(1),
-        Write(1, (_row(1, "first"),)),
-        Race(Sync(1), statement, Write(1, (_row(1, "second"),))),
+        Write(1, (row(1, "first"),)),
+        Race(Sync(1), statement, Write(1, (row(1, "second"),))),
     )
     for statement in range(30)
 )
 
 # An edit is older than a deletion that was made, and forgotten, while its node was away.
 _OLD_EDIT = _history(
-    Write(0, (_row(1, "known"),)),
+    Write(0, (row(1, "known"),)),
     *map(Sync, (0, 1, 2)),
     Write(2, (Update("counter", (1,), (("note", "old"),)),)),
     Wait(1_000),

@@ -1,4 +1,4 @@
-"""A log that lost what it had acknowledged is noticed, and filled again (DESIGN 7, lineage)."""
+"""A log that lost what it had acknowledged is noticed, and filled again (docs/rules.md, Catching up)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from tests.sim.history import (
     Delete,
     Disconnect,
     History,
-    Insert,
     Interrupt,
     Lose,
     Operation,
@@ -21,15 +20,12 @@ from tests.sim.history import (
     Update,
     Write,
 )
+from tests.sim.mutations.steps import row
 from tests.sim.regressions import PUBLISHED_AFTER_THE_SNAPSHOT_AND_LOST
 
 _MARK = "harmonylite.db.marking:Marking._mark"
 _GAP = "harmonylite.stream.log:compare_lineage"
 _VERSIONED = "AND (ts > 0 OR rank > 0)"
-
-
-def _row(key: int, note: str) -> Insert:
-    return Insert("counter", (key,), (("note", note),), "OR REPLACE")
 
 
 def _history(*steps: Step, before: tuple[Operation, ...] = (), skip_own: bool = True) -> History:
@@ -39,46 +35,46 @@ def _history(*steps: Step, before: tuple[Operation, ...] = (), skip_own: bool = 
 
 
 # Only its writer has the row.
-_UNREAD = _history(Write(0, (_row(1, "lost"),)), Sync(0), Lose(1))
+_UNREAD = _history(Write(0, (row(1, "lost"),)), Sync(0), Lose(1))
 
 # The writer is gone, one other node has what the log lost.
-_RELAYED = _history(Write(0, (_row(1, "lost"),)), Sync(0), Sync(1), Perish(0), Lose(1))
+_RELAYED = _history(Write(0, (row(1, "lost"),)), Sync(0), Sync(1), Perish(0), Lose(1))
 _RELAYED_DELETE = _history(
-    Write(0, (Delete("counter", (1,)),)), Sync(0), Sync(1), Perish(0), Lose(1), before=(_row(1, "deleted"),)
+    Write(0, (Delete("counter", (1,)),)), Sync(0), Sync(1), Perish(0), Lose(1), before=(row(1, "deleted"),)
 )
 
 # Another node's message has the sequence number of the lost one when the others come back.
 _SAME_NUMBER = _history(
-    Write(0, (_row(1, "lost"),)), Sync(0), Sync(1), Lose(1), Write(2, (_row(2, "in its place"),)), Sync(2)
+    Write(0, (row(1, "lost"),)), Sync(0), Sync(1), Lose(1), Write(2, (row(2, "in its place"),)), Sync(2)
 )
 
 # A stream that was made anew begins just after the number at which node 1 had stopped in the old one.
 _MADE_ANEW = _history(
     Disconnect(1),
     Lose(0, recreate=True),
-    Write(2, (_row(2, "in the new stream"),)),
+    Write(2, (row(2, "in the new stream"),)),
     Sync(2),
     Sync(0),
     Trim(0, 0),
-    before=(_row(1, "known"),),
+    before=(row(1, "known"),),
 )
 
 # One of two nodes that have it publishes it; the other one must see that.
-_PUBLISHED_ONCE = _history(Write(0, (_row(1, "lost"),)), Sync(0), Sync(1), Lose(1), Sync(0), Sync(1))
+_PUBLISHED_ONCE = _history(Write(0, (row(1, "lost"),)), Sync(0), Sync(1), Lose(1), Sync(0), Sync(1))
 
 _DELETED_ONCE = _history(
-    Write(0, (Delete("counter", (1,)),)), Sync(0), Sync(1), Lose(1), Sync(0), Sync(1), before=(_row(1, "deleted"),)
+    Write(0, (Delete("counter", (1,)),)), Sync(0), Sync(1), Lose(1), Sync(0), Sync(1), before=(row(1, "deleted"),)
 )
 
 # One of three writes over it instead.
 _WRITTEN_OVER = _history(
-    Lose(1), Write(2, (Update("counter", (1,), (("note", "newer"),)),)), Sync(2), Sync(1), before=(_row(1, "lost"),)
+    Lose(1), Write(2, (Update("counter", (1,), (("note", "newer"),)),)), Sync(2), Sync(1), before=(row(1, "lost"),)
 )
 
 # Killed when it has marked some of its rows.
 _KILLED = tuple(
     _history(
-        Write(0, tuple(_row(key, "lost") for key in (1, 2, 3, -1, 2**63 - 1))),
+        Write(0, tuple(row(key, "lost") for key in (1, 2, 3, -1, 2**63 - 1))),
         Sync(0),
         Lose(1),
         Interrupt(Sync(0), statement),
@@ -87,19 +83,19 @@ _KILLED = tuple(
 )
 
 # A snapshot of the log as it is now does not have what node 1 had read from the log as it was.
-_AFTER = (Write(2, (_row(2, "later"),)), Sync(2), Write(2, (_row(3, "later"),)), Sync(2))
+_AFTER = (Write(2, (row(2, "later"),)), Sync(2), Write(2, (row(3, "later"),)), Sync(2))
 UNKNOWN_THERE = _history(
-    Write(0, (_row(1, "lost"),)), Sync(0), Sync(1), Disconnect(2), Perish(0), Lose(1), *_AFTER, Trim(2, 0)
+    Write(0, (row(1, "lost"),)), Sync(0), Sync(1), Disconnect(2), Perish(0), Lose(1), *_AFTER, Trim(2, 0)
 )
 NEWER_HERE = _history(
-    Write(0, (_row(1, "lost"),)),
+    Write(0, (row(1, "lost"),)),
     Sync(0),
     Sync(1),
     Perish(0),
     Lose(1),
     *_AFTER,
     Trim(2, 0),
-    before=(_row(1, "old"),),
+    before=(row(1, "old"),),
 )
 
 DELETED_HERE = _history(
@@ -110,7 +106,7 @@ DELETED_HERE = _history(
     Lose(1),
     *_AFTER,
     Trim(2, 0),
-    before=(_row(1, "old"),),
+    before=(row(1, "old"),),
 )
 
 MUTATIONS: tuple[Mutation, ...] = (
@@ -138,7 +134,7 @@ MUTATIONS: tuple[Mutation, ...] = (
                 "self.published(group.through)",
             ),
         ),
-        first=(_history(Connect(0), Write(0, (_row(1, "lost"),)), Collect(0), Publish(0, 1), Lose(1)),),
+        first=(_history(Connect(0), Write(0, (row(1, "lost"),)), Collect(0), Publish(0, 1), Lose(1)),),
     ),
     Mutation(
         "I3: the gap test begins at the last position, though it is not stored yet",

@@ -1,4 +1,4 @@
-"""Snapshots, merging them, and what is done with rows that they do not have (DESIGN 7, the table)."""
+"""Snapshots, merging them, and what is done with rows that they do not have (docs/rules.md, Catching up)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from tests.sim.history import (
     Deliver,
     Disconnect,
     History,
-    Insert,
     Interrupt,
     Join,
     Perish,
@@ -24,41 +23,32 @@ from tests.sim.history import (
     Write,
 )
 from tests.sim.mutations.refilling import DELETED_HERE, NEWER_HERE, UNKNOWN_THERE
+from tests.sim.mutations.steps import KNOWN, mail, row
 
 _MERGER = "harmonylite.db.merge:Merger"
 _ARRIVE = "harmonylite.db.completeness:Completeness.arrive"
 _TAKE = "harmonylite.db.reconcile:take"
 _MARK = "harmonylite.db.reconcile:_mark"
 
-
-def _row(key: int, note: str) -> Insert:
-    return Insert("counter", (key,), (("note", note),), "OR REPLACE")
-
-
-def _mail(key: int, address: str) -> Insert:
-    return Insert("one_unique", (key,), (("email", address), ("note", None)), "OR REPLACE")
-
-
-_KNOWN: tuple[Step, ...] = (Write(0, (_row(1, "known"),)), Sync(0), Sync(1), Sync(2))
-_LEFT_BEHIND: tuple[Step, ...] = (Write(0, (_row(2, "published"),)), Sync(0), Sync(2))
+_LEFT_BEHIND: tuple[Step, ...] = (Write(0, (row(2, "published"),)), Sync(0), Sync(2))
 
 # Node 1 is left behind by the log.
 _TRIMMED = History(
-    nodes=3, tables=("counter",), steps=(*_KNOWN, Write(0, (_row(1, "new"),)), Sync(0), Sync(2), Trim(0, 0))
+    nodes=3, tables=("counter",), steps=(*KNOWN, Write(0, (row(1, "new"),)), Sync(0), Sync(2), Trim(0, 0))
 )
 _DELETED = History(
-    nodes=3, tables=("counter",), steps=(*_KNOWN, Write(0, (Delete("counter", (1,)),)), Sync(0), Sync(2), Trim(0, 0))
+    nodes=3, tables=("counter",), steps=(*KNOWN, Write(0, (Delete("counter", (1,)),)), Sync(0), Sync(2), Trim(0, 0))
 )
 
 # Node 0 dies with a row that it had not published, of which there is nothing but its snapshot.
-_PENDING: tuple[Step, ...] = (*_KNOWN, *_LEFT_BEHIND, Write(0, (_row(3, "waits"),)), Trim(0, 0))
+_PENDING: tuple[Step, ...] = (*KNOWN, *_LEFT_BEHIND, Write(0, (row(3, "waits"),)), Trim(0, 0))
 _TAKER_DIES = History(nodes=3, tables=("counter",), steps=(*_PENDING, Perish(0)))
 
 # Its file is replaced by its own snapshot, which nobody else needs.
 _TAKER_REPLACED = History(
     nodes=3,
     tables=("counter",),
-    steps=(*_KNOWN, Write(0, (_row(3, "waits"),)), Trim(0, 0), Replace(0, sudden=True)),
+    steps=(*KNOWN, Write(0, (row(3, "waits"),)), Trim(0, 0), Replace(0, sudden=True)),
 )
 
 # The snapshot holds the first of two writes made by a clock that is a year ahead; the second one is published.
@@ -82,7 +72,7 @@ _WRITTEN_MEANWHILE = tuple(
         nodes=3,
         tables=("counter",),
         steps=(
-            *_KNOWN,
+            *KNOWN,
             Race(Trim(0, 0), statement, Write(0, (Update("counter", (1,), (("note", "meanwhile"),)),))),
         ),
     )
@@ -95,7 +85,7 @@ _UNABSORBED = History(
     tables=("counter",),
     time_known=False,
     steps=(
-        *_KNOWN,
+        *KNOWN,
         Disconnect(1),
         Write(0, (Update("counter", (1,), (("note", "there"),)),)),
         Sync(0),
@@ -113,10 +103,10 @@ _TWO_STREAMS = History(
     shards=2,
     steps=(
         Connect(2),
-        Write(0, (_row(1, "before"),)),
+        Write(0, (row(1, "before"),)),
         Sync(0),
         Trim(0, 0),
-        Write(1, (_row(2, "after"),)),
+        Write(1, (row(2, "after"),)),
         Sync(1),
         Deliver(2, 1, 5),
         Sync(2),
@@ -127,7 +117,7 @@ _TWO_STREAMS = History(
 _NEXT_MESSAGE = History(
     nodes=3,
     tables=("counter",),
-    steps=(*_KNOWN, *_LEFT_BEHIND, Trim(0, 0), Write(2, (_row(3, "next"),)), Sync(2), Sync(1)),
+    steps=(*KNOWN, *_LEFT_BEHIND, Trim(0, 0), Write(2, (row(3, "next"),)), Sync(2), Sync(1)),
 )
 
 _KILLED = tuple(
@@ -135,8 +125,8 @@ _KILLED = tuple(
         nodes=3,
         tables=("counter",),
         steps=(
-            *_KNOWN,
-            Write(0, tuple(_row(key, "new") for key in (1, 2, 3, -1, 2**63 - 1))),
+            *KNOWN,
+            Write(0, tuple(row(key, "new") for key in (1, 2, 3, -1, 2**63 - 1))),
             Sync(0),
             Trim(0, 0),
             Interrupt(Sync(1), statement),
@@ -151,12 +141,12 @@ _WANDERED = History(
     tables=("one_unique",),
     offsets=(0, 50_000, 0),
     steps=(
-        Write(1, (_mail(4, "a"),)),
+        Write(1, (mail(4, "a"),)),
         Sync(1),
         Sync(0),
         Sync(2),
         Disconnect(1),
-        Write(0, (_mail(2, "b"), _mail(3, "c"), Update("one_unique", (4,), (("email", None),)), _mail(1, "a"))),
+        Write(0, (mail(2, "b"), mail(3, "c"), Update("one_unique", (4,), (("email", None),)), mail(1, "a"))),
         Sync(0),
         Sync(2),
         Trim(0, 0),
@@ -168,7 +158,7 @@ _OWN_ROWS = History(
     nodes=3,
     tables=("counter",),
     steps=(Join(1),),
-    own_seeds=((0, _row(1, "of 0")), (1, _row(2, "of 1")), (1, _row(3, "of 1")), (2, _row(3, "of 2"))),
+    own_seeds=((0, row(1, "of 0")), (1, row(2, "of 1")), (1, row(3, "of 1")), (2, row(3, "of 2"))),
 )
 
 _TWINS = tuple(
@@ -176,7 +166,7 @@ _TWINS = tuple(
         nodes=3,
         tables=("counter",),
         steps=(Join(1),),
-        own_seeds=((1, _row(3, "of 1")), (2, _row(3, f"of 2, {number}"))),
+        own_seeds=((1, row(3, "of 1")), (2, row(3, f"of 2, {number}"))),
     )
     for number in range(5)
 )
@@ -192,7 +182,7 @@ _EDITED_SEED = History(
         Wait(1_000),
         Sync(1),
     ),
-    own_seeds=((0, _row(3, "of 0")), (1, _row(3, "of 1"))),
+    own_seeds=((0, row(3, "of 0")), (1, row(3, "of 1"))),
 )
 
 MUTATIONS: tuple[Mutation, ...] = (

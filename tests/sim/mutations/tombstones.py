@@ -1,4 +1,4 @@
-"""Tombstones are forgotten after a while; who comes back later deletes what the others have forgotten (DESIGN 4, 7)."""
+"""Tombstones are forgotten after a while; who comes back later deletes what the others have forgotten."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from tests.sim.history import (
     Delete,
     Disconnect,
     History,
-    Insert,
     Lose,
     Operation,
     Perish,
@@ -23,6 +22,7 @@ from tests.sim.history import (
     Wait,
     Write,
 )
+from tests.sim.mutations.steps import KNOWN, mail, row
 
 _PRUNE = "harmonylite.db.replica:Replica.prune_tombstones"
 _ARRIVE = "harmonylite.db.completeness:Completeness.arrive"
@@ -30,14 +30,6 @@ _PLAN = "harmonylite.db.merge:Merger._plan"
 _SCANS = "harmonylite.db.merge:Merger._scans"
 _DELETE = "harmonylite.db.reconcile:delete"
 _RETENTION_MS = 10 * HOUR
-
-
-def _row(key: int, note: str) -> Insert:
-    return Insert("counter", (key,), (("note", note),), "OR REPLACE")
-
-
-def _mail(key: int, address: str) -> Insert:
-    return Insert("one_unique", (key,), (("email", address), ("note", None)), "OR REPLACE")
 
 
 def _history(
@@ -58,28 +50,36 @@ def _history(
     )
 
 
-_KNOWN: tuple[Step, ...] = (Write(0, (_row(1, "known"),)), Sync(0), Sync(1), Sync(2))
 _DELETE_IT = Write(0, (Delete("counter", (1,)),))
 
-# Node 1 has a row that the others have deleted, and forgotten that; and one that it has not published.
-_FORGOTTEN = _history(*_KNOWN, Disconnect(1), Write(1, (_row(2, "waits"),)), _DELETE_IT, Sync(0), Absence(1, trim=True))
-_FORGOTTEN_SEED = _history(
-    *_KNOWN, _DELETE_IT, Sync(0), Absence(1, trim=True), seeds=(_row(1, "seed"), _row(3, "seed"))
+# Node 2 forgets what it may; the log goes on without what node 1 would need, which merges a snapshot of node 2.
+_FORGETS_AND_LEAVES_BEHIND: tuple[Step, ...] = (
+    Prune(2),
+    Write(2, (row(3, "later"),)),
+    Sync(2),
+    Write(2, (row(-1, "later"),)),
+    Sync(2),
+    Trim(2, 0),
+    Sync(1),
 )
+
+# Node 1 has a row that the others have deleted, and forgotten that; and one that it has not published.
+_FORGOTTEN = _history(*KNOWN, Disconnect(1), Write(1, (row(2, "waits"),)), _DELETE_IT, Sync(0), Absence(1, trim=True))
+_FORGOTTEN_SEED = _history(*KNOWN, _DELETE_IT, Sync(0), Absence(1, trim=True), seeds=(row(1, "seed"), row(3, "seed")))
 _SEED_ONLY = _history(
-    Write(0, (_row(2, "known"),)),
+    Write(0, (row(2, "known"),)),
     Sync(0),
     Sync(1),
     Sync(2),
     _DELETE_IT,
     Sync(0),
     Absence(1, trim=True),
-    seeds=(_row(1, "seed"),),
+    seeds=(row(1, "seed"),),
 )
 
 # Node 1 comes for the first time, with a row of its own, and the others have forgotten something.
 _FIRST_JOIN = _history(
-    Write(0, (_row(1, "known"),)),
+    Write(0, (row(1, "known"),)),
     Sync(0),
     Sync(2),
     _DELETE_IT,
@@ -90,12 +90,12 @@ _FIRST_JOIN = _history(
     Prune(0),
     Trim(0, 0),
     Sync(1),
-    own_seeds=((1, _row(5, "of node 1")),),
+    own_seeds=((1, row(5, "of node 1")),),
 )
 
 # Node 1 merges a snapshot of node 0, which has forgotten a deletion, and then takes one itself, which node 2 merges.
 _SECOND_HAND = _history(
-    *_KNOWN,
+    *KNOWN,
     Disconnect(1),
     Disconnect(2),
     _DELETE_IT,
@@ -111,7 +111,7 @@ _SECOND_HAND = _history(
 
 # A row is deleted by a node that is away for longer than the retention; another one was in step five hours ago.
 _DELETED_OFFLINE = _history(
-    *_KNOWN,
+    *KNOWN,
     Disconnect(1),
     Write(1, (Delete("counter", (1,)),)),
     Wait(20 * HOUR),
@@ -127,38 +127,32 @@ _DELETED_OFFLINE = _history(
 
 # Node 2, whose clock is a year ahead, forgets what it may, and takes a snapshot that lacks a row that the log has lost.
 _YEAR_AHEAD = _history(
-    *_KNOWN,
+    *KNOWN,
     _DELETE_IT,
     Sync(0),
     Sync(1),
     Sync(2),
     Disconnect(2),
-    Write(0, (_row(2, "lost"),)),
+    Write(0, (row(2, "lost"),)),
     Sync(0),
     Sync(1),
     Perish(0),
     Lose(1),
     SetClock(2, 365 * 24 * HOUR),
     Sync(2),
-    Prune(2),
-    Write(2, (_row(3, "later"),)),
-    Sync(2),
-    Write(2, (_row(-1, "later"),)),
-    Sync(2),
-    Trim(2, 0),
-    Sync(1),
+    *_FORGETS_AND_LEAVES_BEHIND,
 )
 
 # The same, but it was long ago that node 1 read something, and a moment ago that it knew that there was nothing new.
 _QUIET = _history(
-    *_KNOWN,
+    *KNOWN,
     _DELETE_IT,
     Sync(0),
     Sync(1),
     Sync(2),
     Prune(2),
     Disconnect(2),
-    Write(0, (_row(2, "lost"),)),
+    Write(0, (row(2, "lost"),)),
     Sync(0),
     Sync(1),
     Perish(0),
@@ -166,19 +160,13 @@ _QUIET = _history(
     Sync(1),
     Lose(1),
     Sync(2),
-    Prune(2),
-    Write(2, (_row(3, "later"),)),
-    Sync(2),
-    Write(2, (_row(-1, "later"),)),
-    Sync(2),
-    Trim(2, 0),
-    Sync(1),
+    *_FORGETS_AND_LEAVES_BEHIND,
 )
 
 # The application touches a row just before it would be deleted.
 _TOUCHED = tuple(
     _history(
-        *_KNOWN,
+        *KNOWN,
         _DELETE_IT,
         Sync(0),
         Absence(1, trim=True),
@@ -189,7 +177,7 @@ _TOUCHED = tuple(
 
 # The log loses a deletion, which node 1 publishes again nine hours later; node 2 was in step just before that.
 _AGAIN = _history(
-    *_KNOWN,
+    *KNOWN,
     Disconnect(2),
     _DELETE_IT,
     Sync(0),
@@ -202,7 +190,7 @@ _AGAIN = _history(
     Disconnect(2),
     Sync(1),
     Prune(1),
-    Write(1, (_row(2, "later"),)),
+    Write(1, (row(2, "later"),)),
     Sync(1),
     Wait(2 * HOUR),
     Prune(1),
@@ -216,7 +204,7 @@ _AGAIN_AFTER_A_MERGE = History(
     tables=("counter",),
     retention_ms=_RETENTION_MS,
     steps=(
-        *_KNOWN,
+        *KNOWN,
         Sync(3),
         Disconnect(2),
         Disconnect(3),
@@ -229,14 +217,14 @@ _AGAIN_AFTER_A_MERGE = History(
         Wait(9 * HOUR),
         Sync(3),
         Disconnect(3),
-        Write(2, (_row(2, "later"),)),
+        Write(2, (row(2, "later"),)),
         Sync(2),
-        Write(2, (_row(3, "later"),)),
+        Write(2, (row(3, "later"),)),
         Sync(2),
         Trim(2, 0),
         Sync(1),
         Prune(1),
-        Write(1, (_row(2, "last"),)),
+        Write(1, (row(2, "last"),)),
         Sync(1),
         Wait(2 * HOUR),
         Prune(1),
@@ -247,11 +235,11 @@ _AGAIN_AFTER_A_MERGE = History(
 
 # The stale copy of a deleted row has the same unique value as a row that is alive, and a later version.
 _STALE_COPY = _history(
-    Write(1, (_mail(1, "a"),)),
+    Write(1, (mail(1, "a"),)),
     Sync(1),
     Sync(0),
     Sync(2),
-    Write(0, (Delete("one_unique", (1,)), _mail(2, "a"))),
+    Write(0, (Delete("one_unique", (1,)), mail(2, "a"))),
     Sync(0),
     Absence(1, trim=True),
     offsets=(0, 50_000, 0),

@@ -1,4 +1,4 @@
-"""Which version a write gets, and which of two wins (DESIGN 4 and 8)."""
+"""Which version a write gets, and which of two wins (docs/rules.md, Versions and Clocks)."""
 
 from __future__ import annotations
 
