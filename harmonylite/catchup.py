@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,13 +49,20 @@ PATIENCE_S = 120.0
 class Gap:
     """Where a stream does not go on. lost: acknowledged messages are gone from it, or it is another stream; needed:
     the last message that is missing here, as far as known; in_step: nothing is, there is no gap. stream: empty if no
-    stream has one."""
+    stream has one; missed: what else a snapshot has to contain, of streams as they were."""
 
     stream: str
     reason: str
     lost: bool
     needed: int
     in_step: bool = False
+    missed: tuple[Position, ...] = ()
+
+    def needs(self, states: Mapping[str, StreamState]) -> dict[str, int]:
+        """What a snapshot has to contain of the streams as they are now."""
+        still = {(state.name, state.created) for state in states.values()}
+        missed = {each.stream: each.sequence for each in self.missed if (each.stream, each.created) in still}
+        return {**missed, self.stream: self.needed}
 
     @property
     def reads_on(self) -> bool:
@@ -132,9 +140,11 @@ class CatchUp:
             self._bridging -= 1
             self._engine.metrics.catching_up.set(int(self.bridging or self._merging is not None))
 
-    async def merge_another(self, link: Link, *, in_step: bool = True) -> bool:
-        """Merge a snapshot although there is no gap (see `snapshot.join`); False if there is none to use. in_step: as
-        in Gap.
+    async def merge_another(
+        self, link: Link, *, in_step: bool = True, but: Collection[str] = (), missed: tuple[Position, ...] = ()
+    ) -> bool:
+        """Merge a snapshot although there is no gap (see `snapshot.join`); False if there is none to use. in_step,
+        missed: as in Gap; but: ids of those that are of no use.
 
         Raises StoreError, LogError, SnapshotFailed, OSError.
         """
@@ -142,8 +152,9 @@ class CatchUp:
             try:
                 await self._merged()
                 await self._sit_out_damage()
-                gap = Gap("", "", lost=False, needed=0, in_step=in_step)
-                manifest = await self._choose(link, gap, await self._list(link))
+                gap = Gap("", "", lost=False, needed=0, in_step=in_step, missed=missed)
+                listed = [manifest for manifest in await self._list(link) if manifest.id not in but]
+                manifest = await self._choose(link, gap, listed)
                 if manifest is None:
                     return False
                 await self._use(link, gap, manifest)
@@ -239,7 +250,7 @@ class CatchUp:
         states = await link.states()
         # The sort is stable: newest first among equals.
         for manifest in sorted(known, key=lambda each: each.id not in here):
-            reason = await link.why_unusable(manifest, states, {gap.stream: gap.needed})
+            reason = await link.why_unusable(manifest, states, gap.needs(states))
             if reason is None:
                 return manifest
             log.debug("snapshot is of no use", extra={"fields": {"id": manifest.id, "reason": reason}})
@@ -256,7 +267,7 @@ class CatchUp:
         begun = time.monotonic()
         path = await fetch(link, self._files, self._state, manifest)
         states = await link.states()
-        if (reason := await link.why_unusable(manifest, states, {gap.stream: gap.needed})) is not None:
+        if (reason := await link.why_unusable(manifest, states, gap.needs(states))) is not None:
             # It took so long that the stream has moved on; what was fetched is of no use to anybody.
             log.warning(
                 "the stream has passed the snapshot that was fetched; a newer one is used",

@@ -129,6 +129,8 @@ class Daemon:
             "starting",
             extra={"fields": {"version": __version__, "node_id": self._config.node_id, "db": self._config.db_path}},
         )
+        for note in self._config.notes:
+            log.info("the configuration was read with a note", extra={"fields": {"note": str(note)}})
         try:
             for server in servers:
                 await server.start()
@@ -159,8 +161,9 @@ class Daemon:
         replicating = asyncio.create_task(self._replicate())
         keeping = asyncio.create_task(self._housekeeper.run(self._opening.opened, self._on_replaced))
         sleeping = asyncio.create_task(self._fall_asleep())
+        telling = asyncio.create_task(self._tell_connection())
         stopping = asyncio.create_task(self._stop.wait())
-        tasks = {opening, replicating, keeping, sleeping}
+        tasks = {opening, replicating, keeping, sleeping, telling}
         running = {stopping, *tasks}
         try:
             while not stopping.done():
@@ -200,6 +203,12 @@ class Daemon:
         except apsw.Error as error:
             self._trouble.warning("pending rows cannot be counted", {"error": str(error)})
             return None
+
+    async def _tell_connection(self) -> None:
+        """The unit's status line is right as soon as the connection has come or gone."""
+        while True:
+            await self._uplink.wait_changed()
+            self._notifier.status(self._reporter.line())
 
     async def _fall_asleep(self) -> None:
         """`sleep_timeout`: exit after a while without any change, for hosts that scale to zero."""

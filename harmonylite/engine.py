@@ -18,12 +18,13 @@ from typing import TypeVar
 import apsw
 
 from harmonylite import clock
-from harmonylite.clock import ServerClock, Step
-from harmonylite.db.marking import start_over
+from harmonylite.correcting import Correcting
+from harmonylite.db.marking import Marking
 from harmonylite.db.outbox import OutgoingGroup
 from harmonylite.db.outgoing import Pinned
+from harmonylite.db.recapture import RecaptureDueError
 from harmonylite.db.replica import Applied, Replica
-from harmonylite.db.versions import Correction
+from harmonylite.db.versions import Absorbed
 from harmonylite.model import Delivery, Position
 from harmonylite.observe.metrics import Metrics
 from harmonylite.pace import Pace
@@ -56,6 +57,7 @@ class Engine:
     def __init__(self, replica: Replica, timekeeper: Timekeeper, metrics: Metrics, *, compress: bool) -> None:
         self.replica = replica
         self.time = timekeeper
+        self.correcting = Correcting(self)
         self.metrics = metrics
         self._compress = compress
         self._writer = ThreadPoolExecutor(1, "writer")
@@ -65,7 +67,7 @@ class Engine:
         self._snapshot: Iterator[OutgoingGroup] | None = None
         self._pinned_at = 0.0
         self._sighted = 0.0
-        self._clock_lock = asyncio.Lock()
+        self._recapture_lock = asyncio.Lock()
         self._resting = Resting(self._at_rest)
         self.pace = Pace()
         self.apply_held_s = 0.0
@@ -122,10 +124,23 @@ class Engine:
 
     async def _write(self, job: Callable[[], T]) -> tuple[T, float]:
         """As `write`; also how many seconds the job held the database's lock."""
-        done = await self._retrying.run(lambda: self._on_writer(lambda: (job(), self.replica.take_lock_seconds())))
+        while True:
+            try:
+                done = await self._retrying.run(
+                    lambda: self._on_writer(lambda: (job(), self.replica.take_lock_seconds()))
+                )
+                break
+            except RecaptureDueError:
+                await self.recapture()
         if done[1]:
             self._resting.wrote()
         return done
+
+    async def recapture(self) -> None:
+        """Replica.recapture until nothing is left; everything else that needs it waits for that."""
+        async with self._recapture_lock:
+            while (await self._gently(self.replica.recapture))[0]:
+                pass
 
     def _at_rest(self, last: bool) -> asyncio.Future[bool]:
         return asyncio.get_running_loop().run_in_executor(self._writer, lambda: self.replica.at_rest(last=last))
@@ -157,8 +172,11 @@ class Engine:
         """On the writer's thread. None: there is more than INLINE_ROWS."""
         replica = self.replica
         taken = 0
-        while count := replica.absorb(self.time.bound_ms(), self.time.correction):
-            taken += count
+        drained = False
+        while not drained:
+            absorbed = self._piece()
+            drained = absorbed.drained
+            taken += absorbed.rows
             if taken > INLINE_ROWS:
                 return None
         if not replica.outgoing.pending_at_most(after, INLINE_ROWS):
@@ -260,8 +278,11 @@ class Engine:
         await self.write(lambda: self.replica.move_position(position))
 
     async def start_over(self, position: Position) -> None:
-        """See marking.start_over."""
-        await self.write(lambda: start_over(self.replica, position))
+        """Everything is to be published again (see Marking), and reading goes on at `position`."""
+        marking = Marking(self.replica)
+        while await self.write_gently(marking.step):
+            pass
+        await self.write(partial(marking.finish, position))
 
     # -- questions
 
@@ -305,8 +326,10 @@ class Engine:
 
     async def absorb(self) -> int:
         """See Replica.absorb."""
-        absorbing = self.write(lambda: self.replica.absorb(self.time.bound_ms(), self.time.correction))
-        return await while_waiting(absorbing, SIGHT_S, self._sight)
+        return (await while_waiting(self.write(self._piece), SIGHT_S, self._sight)).rows
+
+    def _piece(self) -> Absorbed:
+        return self.replica.absorbing.absorb(self.time.bound_ms(), self.time.correction)
 
     async def _sight(self, *, on_writer: bool = False) -> None:
         self._sighted = time.monotonic()
@@ -315,11 +338,14 @@ class Engine:
             await (self._on_writer if on_writer else self._on_reader)(sight)
 
     async def absorb_all(self) -> int:
-        """`absorb` until nothing is left. Returns how many log rows were taken."""
+        """`absorb` until nothing was left for a moment: an application may never rest. Returns how many log rows were
+        taken."""
         taken = 0
-        while count := await self.absorb():
-            taken += count
-        return taken
+        while True:
+            absorbed = await while_waiting(self.write_gently(self._piece), SIGHT_S, self._sight)
+            taken += absorbed.rows
+            if absorbed.drained:
+                return taken
 
     async def shorten_log(self, longer_than: int) -> int:
         """Absorb everything if so many changes are logged, or some that may have evicted rows unseen. Returns how many
@@ -334,40 +360,3 @@ class Engine:
     async def prune(self, server_ms: int) -> int:
         """See Replica.prune_tombstones."""
         return await self.write(lambda: self.replica.prune_tombstones(server_ms))
-
-    async def server_time(self, server_ms: int, round_trip_ms: float) -> None:
-        """The server answered just now with its time: bound, correct, raise the floor (docs/rules.md, Clocks)."""
-        server = self.time.heard(server_ms, round_trip_ms)
-        async with self._clock_lock:
-            # First: a clock that was just set agrees with the server, but what was written before does not.
-            await self._correct_steps(server)
-            await self.write(lambda: self._believe(server))
-            await self.write(lambda: self.replica.times.server_time(server_ms, self.time.correction))
-
-    def _believe(self, server: ServerClock) -> None:
-        """On the writer's thread, in one job: nothing is absorbed between the shift and what follows from it."""
-        proposal = self.time.propose(server)
-        if proposal.moved_ms:
-            self.replica.times.shift_clock(
-                from_ms=self.time.boot_started_ms, to_ms=clock.wall_ms(), delta_ms=proposal.moved_ms
-            )
-        self.time.commit(proposal)
-
-    async def check_clock(self) -> None:
-        """Correct what was written before the wall clock was set."""
-        async with self._clock_lock:
-            await self._correct_steps(self.time.server)
-
-    async def _correct_steps(self, server: ServerClock) -> None:
-        while (step := self.time.check_step()) is not None:
-            await self.write(partial(self._correct_step, step, server))
-
-    def _correct_step(self, step: Step, server: ServerClock) -> None:
-        """On the writer's thread. Done again as a whole if it fails, or if nobody waits for it any more."""
-        if wrong := self.time.correction.delta_ms:
-            until = Correction(wrong, step.before_ms)
-            self.replica.absorb(self.time.bound_ms(), until)
-        elif self.time.is_trusted(server):
-            started = self.time.boot_started_ms
-            self.replica.times.shift_clock(from_ms=started, to_ms=step.before_ms, delta_ms=step.delta_ms)
-        self.time.stepped()

@@ -63,10 +63,11 @@ class Housekeeper:
             _every(lambda: self.interval_s, "status", lambda: self._keep_house(opened)),
             self._watch_file(opened, on_replaced),
             _every(DISK_S, "file system", self._look_at_disk),
-            _every(CLOCK_S, "clock", self._engine.check_clock, opened),
+            _every(CLOCK_S, "clock", self._engine.correcting.check_clock, opened),
             _every(HOURLY_S, "tombstones", self._forget_tombstones, opened),
             _every(UNKEYED_S, "rows without a key", self._count_unkeyed, opened),
             _every(CLOCK_S, "rows to be known", self._second_look.stamp, opened),
+            _every(CLOCK_S, "rebuilt tables", self._recapture, opened),
             _every(lambda: self.interval_s, "evicted rows", self._look_again, opened),
             _every(HOURLY_S, "audit", self._audit, opened, delay_s=HOURLY_S),
         ]
@@ -138,6 +139,11 @@ class Housekeeper:
         if self._unkeyed_due:
             self._unkeyed_due = False
             await self._reporter.count_unkeyed()
+
+    async def _recapture(self) -> None:
+        """Connected or not."""
+        if self._engine.replica.recapturing.under_way is not None:
+            await self._engine.recapture()
 
     async def _look_again(self) -> None:
         if evicted := await self._second_look.look_again():

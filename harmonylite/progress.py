@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
+from harmonylite.model import Position
 from harmonylite.tasks import wait_first
 
 
@@ -21,7 +22,7 @@ class Progress:
     """What `status` shows. ends: of streams, as seen last; in_step: over the present connection the streams were read
     to their ends, or are not read here; publishing: so it is, and pending rows go out; gap: where the log did not go
     on, until that is bridged; error: why replication waits; refused: by held batch, why the stream cannot hold it;
-    too_large: by held batch, how large it was then."""
+    too_large: by held batch, how large it was then; emptied: see Consumer."""
 
     ends: dict[str, int] = field(default_factory=dict)
     positions: dict[str, int] = field(default_factory=dict)
@@ -32,6 +33,7 @@ class Progress:
     error: str | None = None
     refused: dict[int, str] = field(default_factory=dict)
     too_large: dict[int, TooLarge] = field(default_factory=dict)
+    emptied: dict[str, Position] = field(default_factory=dict)
 
 
 class Wakeup:

@@ -25,6 +25,7 @@ from harmonylite.progress import Mode, Progress, Wakeup
 from harmonylite.publishing import Publishing
 from harmonylite.rereading import is_due, read_again
 from harmonylite.stream.consumer import Consumer, GapFound
+from harmonylite.stream.lineage import note_emptied
 from harmonylite.stream.log import LogError, LogSettings, StreamState, ask_time, stream_state
 from harmonylite.stream.provision import ensure_streams
 from harmonylite.stream.publisher import Publisher
@@ -173,6 +174,7 @@ class Session:
             position,
             is_own=self._publisher.is_own,
             tolerance_ms=self._tolerance_ms,
+            emptied=self._progress.emptied,
         )
 
     async def _follow(self, consumer: Consumer, stream: str, end: int) -> None:
@@ -234,7 +236,7 @@ class Session:
             if not (found.lost and state.first_seq <= 1):
                 # A log that begins with its first message is filled by all nodes: what it lost comes again.
                 hole = f"stream {stream}: {found.reason}"
-                await self._engine.write(lambda: self._engine.replica.completeness.note_hole(hole))
+                await self._engine.write(lambda: self._engine.replica.completeness.note_hole(hole, position))
             await self._engine.start_over(position)
             return position
         self._hesitates |= await self._bridge_gap(Gap(stream, found.reason, found.lost, needed))
@@ -289,6 +291,8 @@ class Session:
                     self._trouble.warning("the stream cannot be asked", {"stream": known.name, "error": str(error)})
                     continue
                 self._take_note(state)
+                if (position := await self._engine.position(state.name)) is not None:
+                    note_emptied(self._progress.emptied, state, position)
                 found.append(state)
             try:
                 await self._learn_time(found)
@@ -316,4 +320,4 @@ class Session:
                 if self._engine.time.server.now_ms() is None:
                     self._engine.time.untold(str(error))
         for told in times:
-            await self._engine.server_time(told.now_ms(), told.round_trip_ms)
+            await self._engine.correcting.server_time(told.now_ms(), told.round_trip_ms)

@@ -150,6 +150,11 @@ class Reporter:
     def _concerns(self) -> Iterator[str]:
         progress = self._progress
         yield from filter(None, (self._engine.replica.completeness.incomplete, progress.error, self._engine.last_error))
+        if (due := self._engine.replica.recapturing.under_way) is not None:
+            yield (
+                f"table {due.table} was rebuilt, or is new: its rows are gone through ({due.rows:,} so far), and until"
+                " that is done nothing is published or applied"
+            )
         yield from held_rows(self._held, progress.refused)
         yield from self._snapshots.concerns()
         schema = self._engine.replica.known_schema
@@ -168,6 +173,8 @@ class Reporter:
         metrics.nats_connected.set(int(self._connection.connected))
         metrics.clock_offset_seconds.set(self._engine.time.offset_s())
         metrics.schema_mismatch_paused.set(self._engine.replica.paused_tables)
+        metrics.unread_messages.set(self._engine.replica.completeness.unread_messages)
+        metrics.unread_bytes.set(self._engine.replica.completeness.unread_bytes)
 
     def _url(self) -> str:
         if self._config.external:

@@ -9,7 +9,8 @@ from nats.aio.client import Client
 from harmonylite.db.unread import OpenGroup, Rereading
 from harmonylite.engine import Engine
 from harmonylite.model import Position
-from harmonylite.stream.log import LogSettings, same_log, stored_time_ns, stream_state
+from harmonylite.stream.lineage import same_log
+from harmonylite.stream.log import LogSettings, stored_time_ns, stream_state
 
 log = logging.getLogger(__name__)
 

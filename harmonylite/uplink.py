@@ -80,3 +80,7 @@ class Uplink:
         """Wait until they cannot be reached any more."""
         while self.connected:
             await run_together(self.connection.wait_disconnected(), wait_for(self._changed))
+
+    async def wait_changed(self) -> None:
+        """Wait until they can be reached and could not, or the other way round."""
+        await (self.wait_disconnected() if self.connected else self.wait_connected())

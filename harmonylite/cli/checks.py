@@ -1,4 +1,4 @@
-"""What `doctor` looks at on the machine: the database's place, the clock, NATS, ports, the snapshot store."""
+"""What `doctor` looks at on the machine: the database's place, the clock, ports, the snapshot store."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
 from harmonylite import clock
+from harmonylite.cli import permissions
 from harmonylite.cli.command import size
-from harmonylite.config import Config, mask_url, split_address
+from harmonylite.config import Config, split_address
 from harmonylite.config.model import KEYS, value_of
 from harmonylite.db import inspect
 from harmonylite.db.inspect import DatabaseUnreadable
 from harmonylite.mounts import mount_of
 from harmonylite.observe.control import holder_pid
 from harmonylite.stream.server_log import port_owner
-from harmonylite.stream.server_process import StartError, binary_version, find_binary
 
 Level = Literal["ok", "warn", "fail"]
 
@@ -35,8 +34,6 @@ _NETWORK_FILE_SYSTEMS = frozenset(
 )
 _FAIL_FREE_BYTES = 20 << 20
 _WARN_FREE_BYTES = 200 << 20
-_OLDEST_SERVER = (2, 9, 0)
-_CONNECT_TIMEOUT_S = 3.0
 # A database may be large and its card slow: it is looked through for damage that long.
 SOUNDNESS_S = 10.0
 _GET_BOTO3 = "apt install python3-boto3, or in a virtual environment pip install boto3"
@@ -75,12 +72,10 @@ def _stands_in_file(config: Config, secret: str) -> bool:
 
 def user() -> Iterator[Check]:
     if os.geteuid() == 0:
-        yield Check(
-            "user",
-            "ok",
-            "root: it may open every file, whatever the daemon's user may",
-            "to see what the daemon may: sudo -u harmonylite harmonylite doctor",
-        )
+        known = permissions.account(permissions.ACCOUNT) is not None
+        as_daemon = f"sudo -u {permissions.ACCOUNT} harmonylite doctor" if known else "run this as the user it runs as"
+        text = "root: it may open every file, whatever the daemon's user may"
+        yield Check("user", "ok", text, f"to see what the daemon may: {as_daemon}")
 
 
 def database_files(path: Path) -> Iterator[Check]:
@@ -209,41 +204,6 @@ def clock_state() -> Iterator[Check]:
         yield Check(
             "clock", "warn", "not synchronised: the last writer wins by time", "timedatectl set-ntp true, or chrony"
         )
-
-
-def nats(config: Config) -> Iterator[Check]:
-    """The external servers answer, or the bundled one's program is there and its hub answers."""
-    if config.external:
-        yield _reachable("nats", config.nats.urls, 4222)
-        return
-    try:
-        binary = find_binary(config.nats.server_binary)
-        version = binary_version(binary)
-    except StartError as error:
-        yield Check("nats-server", "fail", str(error))
-    else:
-        text = f"{binary} has version {'.'.join(str(part) for part in version)}"
-        if version < _OLDEST_SERVER:
-            yield Check("nats-server", "fail", text, "2.9 or later is needed")
-        else:
-            yield Check("nats-server", "ok", text)
-    if config.nats.leaf_servers:
-        yield _reachable("hub", config.nats.leaf_servers, 7422)
-
-
-def _reachable(name: str, urls: tuple[str, ...], default_port: int) -> Check:
-    """Being offline is an ordinary state, so this never fails."""
-    failures: list[str] = []
-    for url in urls:
-        parts = urlsplit(url if "://" in url else f"nats://{url}")
-        try:
-            socket.create_connection((parts.hostname or "", parts.port or default_port), _CONNECT_TIMEOUT_S).close()
-        except OSError as error:
-            failures.append(f"{mask_url(url)}: {error.strerror or error}")
-        else:
-            return Check(name, "ok", f"{mask_url(url)} answers")
-    text = f"no answer from {'; '.join(failures)}"
-    return Check(name, "warn", text, "the daemon works offline and keeps trying; check address, network and firewall")
 
 
 def ports(config: Config, *, running: bool) -> Iterator[Check]:

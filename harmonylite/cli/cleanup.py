@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import apsw
+
 from harmonylite.cli.command import Command, Failure, add_json, counted, load_config, print_json
+from harmonylite.db import inspect
 from harmonylite.db.cleanup import CleanupRefused, cleanup
 from harmonylite.observe import control
 from harmonylite.observe.control import ControlFailed, ControlUnavailable
@@ -20,6 +23,11 @@ def run(arguments: argparse.Namespace) -> int:
         report = cleanup(path, everything=arguments.all, force=arguments.force)
     except CleanupRefused as refused:
         raise Failure(str(refused)) from None
+    except (apsw.BusyError, apsw.LockedError):
+        raise Failure(f"{path}: another program keeps the database locked; stop the application, try again") from None
+    except (apsw.Error, OSError) as error:
+        inspect.overview(path)  # says it better, if it cannot read the database either
+        raise Failure(f"{path}: cannot be cleaned up: {error}") from None
     if arguments.json:
         print_json({"tables": report.tables, "absorbed": report.absorbed, "pending": report.pending})
         return 0

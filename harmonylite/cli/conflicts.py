@@ -6,7 +6,7 @@ import argparse
 
 from harmonylite.cli.command import (
     Command,
-    Failure,
+    WrongUsage,
     add_json,
     add_table,
     json_value,
@@ -28,7 +28,7 @@ DEFAULT_LIMIT = 100
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.limit < 1:
-        raise Failure(f"--limit must be 1 or more; it is {arguments.limit}")
+        raise WrongUsage(f"--limit must be 1 or more; it is {arguments.limit}")
     found = inspect.conflicts(load_config(arguments).db_path, arguments.table, arguments.limit)
     if arguments.json:
         print_json([_as_json(conflict) for conflict in found])

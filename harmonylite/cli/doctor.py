@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Iterator
 
 from harmonylite.cli import checks, service
@@ -36,6 +37,9 @@ def _all_checks(arguments: argparse.Namespace) -> Iterator[Check]:
         for problem in error.problems:
             yield Check("config", "fail", str(problem))
         return
+    # Only this command needs asyncio and NATS.
+    from harmonylite.cli import nats_check
+
     yield from checks.config_file(config)
     yield from checks.user()
     daemon = _daemon(config)
@@ -47,7 +51,7 @@ def _all_checks(arguments: argparse.Namespace) -> Iterator[Check]:
     yield from checks.database_soundness(config.db_path)
     yield from checks.file_system(config.db_path)
     yield from checks.clock_state()
-    yield from checks.nats(config)
+    yield from nats_check.checks(config, running=running)
     yield from checks.ports(config, running=running)
     yield from checks.snapshot_store(config)
 
@@ -57,12 +61,21 @@ def _daemon(config: Config) -> Check:
     try:
         status = control.query(config.db_path, {"command": "status"})
     except ControlUnavailable:
-        return Check("daemon", "warn", "not running", "systemctl start harmonylite")
+        return Check("daemon", "warn", "not running", _how_to_start(config))
     except ControlFailed as error:
         return Check("daemon", "fail", str(error), "see its log")
     reasons = "; ".join(str(reason) for reason in status.get("reasons", ()))
     text = f"running, {status.get('status')}" + (f": {reasons}" if reasons else "")
     return Check("daemon", "fail" if status.get("status") == "unhealthy" else "ok", text)
+
+
+def _how_to_start(config: Config) -> str:
+    """By systemd where it has a unit that reads this file; else by hand."""
+    unit = service.unit_of(config.file)
+    if unit is not None and service.show(unit).get("LoadState") == "loaded":
+        return f"systemctl start {unit.removesuffix('.service')}"
+    file = f" --config {shlex.quote(str(config.file))}" if config.file is not None else ""
+    return f"harmonylite run{file}"
 
 
 COMMAND = Command(

@@ -62,7 +62,8 @@ def main(arguments: Sequence[str]) -> int:
     """Run one command line; the exit code. Nothing that goes wrong inside leaves here as an exception."""
     try:
         code = _run(legacy.modern(arguments))
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever called
+            sys.stdout.flush()
         return code
     except (_UsageError, WrongUsage) as error:
         warn(str(error))
@@ -90,7 +91,10 @@ def main(arguments: Sequence[str]) -> int:
             traceback.print_exc()
         else:
             text = " ".join(str(error).split()) or "no further text"
-            warn(f"{type(error).__name__}: {text} (HARMONYLITE_DEBUG=1 shows where)")
+            kind = type(error).__name__
+            if isinstance(error, OSError) and error.strerror:
+                kind, text = str(error.filename or "reading or writing"), error.strerror
+            warn(f"{kind}: {text} (HARMONYLITE_DEBUG=1 shows where)")
         return FAILED
 
 
@@ -99,11 +103,15 @@ def _run(arguments: list[str]) -> int:
     if not arguments:
         parser.print_help(sys.stderr)
         return WRONG_USAGE
+    if arguments[0] == "help":
+        arguments = [*arguments[1:2], "--help"]
     _check_command(arguments)
     try:
-        parsed = parser.parse_args(arguments)
+        parsed, unknown = parser.parse_known_args(arguments)
     except SystemExit as done:  # --help
         return int(done.code or 0)
+    if unknown:
+        raise _UsageError(_unknown_arguments(parsed.parser, unknown))
     if hasattr(parsed, "pprof"):
         warn("-pprof is accepted and has no effect")
     command: Command = parsed.command
@@ -117,8 +125,20 @@ class _UsageError(Exception):
 class _Parser(argparse.ArgumentParser):
     """One line about wrong usage instead of argparse's two or more."""
 
+    example = ""
+
     def error(self, message: str) -> NoReturn:
+        if message.startswith("the following arguments are required") and self.example:
+            choices = next((action.choices for action in self._get_positional_actions() if action.choices), None)
+            missing = f"one of {', '.join(choices)}" if choices else message.rpartition(": ")[2]
+            raise _UsageError(f"{self.prog.split()[-1]} needs {missing}, for example: {self.example}")
         raise _UsageError(f"{message}; see '{self.prog} --help'")
+
+
+def _unknown_arguments(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> str:
+    near = get_close_matches(unknown[0].partition("=")[0], parser._option_string_actions, 1)
+    hint = f"did you mean {near[0]}?" if near else f"see '{parser.prog} --help'"
+    return f"unrecognized arguments: {' '.join(unknown)}; {hint}"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -149,7 +169,8 @@ def build_parser() -> argparse.ArgumentParser:
         )
         _add_common(below)
         command.add_arguments(below)
-        below.set_defaults(command=command)
+        below.example = command.examples[0]
+        below.set_defaults(command=command, parser=below)
     return parser
 
 

@@ -1,7 +1,7 @@
 """The configuration: `load` turns a TOML file into a `Config`, or raises `ConfigError` with every mistake."""
 
 from harmonylite.config.describe import describe, describe_data
-from harmonylite.config.load import ConfigError, find, load
+from harmonylite.config.load import ConfigError, find, load, remarks_here
 from harmonylite.config.model import Config, Problem
 from harmonylite.config.values import Address, Secret, ServerUrl, mask_url, one_line, split_address
 
@@ -18,5 +18,6 @@ __all__ = [
     "load",
     "mask_url",
     "one_line",
+    "remarks_here",
     "split_address",
 ]

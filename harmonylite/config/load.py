@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from harmonylite.config import identity
-from harmonylite.config.consistency import contradictions, remarks
+from harmonylite.config.consistency import contradictions, folders, remarks
 from harmonylite.config.locate import lines_of_keys
 from harmonylite.config.model import KEYS, TABLES, Config, Key, Problem
 from harmonylite.config.rules import is_credential
@@ -67,6 +67,15 @@ def load(path: Path | None, overrides: Mapping[str, object] | None = None) -> Co
     return reader.result()
 
 
+def remarks_here(config: Config) -> tuple[Problem, ...]:
+    """What this machine lacks of the folders that a configuration names, as this user sees it. Raises ConfigError if
+    its file cannot be read any more."""
+    reader = _Reader(config.file)
+    if config.file is not None:
+        reader.parse(config.file)
+    return tuple(reader.at(dotted, message) for dotted, message in folders(config))
+
+
 class _Reader:
     """One run of `load`: the values accepted so far, and what was wrong with the others."""
 
@@ -105,9 +114,9 @@ class _Reader:
             elif dotted in KEYS:
                 self._take_value(KEYS[dotted], value, self._file)
             elif dotted in _IGNORED_KEYS:
-                self._notes.append(self._at(dotted, _IGNORED_KEYS[dotted]))
+                self._notes.append(self.at(dotted, _IGNORED_KEYS[dotted]))
             elif dotted in _IGNORED_TABLES:
-                self._notes.append(self._at(dotted, _IGNORED_TABLES[dotted]))
+                self._notes.append(self.at(dotted, _IGNORED_TABLES[dotted]))
             else:
                 self._problem(dotted, _unknown(dotted))
 
@@ -139,7 +148,7 @@ class _Reader:
         if self._problems:
             self._problems.sort(key=lambda problem: problem.line or 0)
             raise ConfigError(tuple(self._problems))
-        self._notes += [self._at(dotted, message) for dotted, message in remarks(config)]
+        self._notes += [self.at(dotted, message) for dotted, message in remarks(config)]
         return dataclasses.replace(config, file=self._file, notes=tuple(self._notes), node_id_from_machine=from_machine)
 
     def _read_secrets(self) -> None:
@@ -192,9 +201,9 @@ class _Reader:
         return any(problem.key == dotted for problem in self._problems)
 
     def _problem(self, dotted: str, message: str) -> None:
-        self._problems.append(self._at(dotted, message))
+        self._problems.append(self.at(dotted, message))
 
-    def _at(self, dotted: str, message: str) -> Problem:
+    def at(self, dotted: str, message: str) -> Problem:
         """With the line of the key, or of the nearest table around it that the file names."""
         line = next((self._lines[name] for name in _itself_and_above(dotted) if name in self._lines), None)
         return Problem(dotted, message, self._file, line)

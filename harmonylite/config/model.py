@@ -22,8 +22,9 @@ T = TypeVar("T")
 MAX_NODE_ID = 2**63 - 1
 _UINT32 = 2**32 - 1
 _NATS = ("nats", "tls", "ws", "wss")
-_SUBJECT = r"[^\s.*>]+(\.[^\s.*>]+)*"
+_SUBJECT = r"(?!\$|_INBOX)[^\s.*>]+(\.[^\s.*>]+)*"
 _STREAM = r"[^\s.*>/\\]+"
+_WORD = r"[^\s<>]*"
 _METRIC = r"([a-zA-Z_][a-zA-Z0-9_]*)?"
 
 
@@ -72,11 +73,16 @@ class SnapshotNats:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SnapshotS3:
     endpoint: str = _key(
-        "", rules.text(), "host[:port] of the S3 service; empty: AWS", example="s3.eu-central-1.amazonaws.com"
+        "",
+        rules.pattern(_WORD, "text without spaces"),
+        "host[:port] of the S3 service; empty: AWS",
+        example="s3.eu-central-1.amazonaws.com",
     )
     region: str = _key("", rules.text(), "region of the bucket; empty: the service's default")
     path: str = _key("", rules.text(), "folder inside the bucket")
-    bucket: str = _key("", rules.text(), "name of the bucket; needed when snapshots go to S3")
+    bucket: str = _key(
+        "", rules.pattern(_WORD, "text without spaces"), "name of the bucket; needed when snapshots go to S3"
+    )
     use_ssl: bool = _key(False, rules.boolean(), "https instead of http")
     access_key: Secret = _secret("access key id", "s3_access_key")
     access_key_file: str = _secret_file("access_key")
@@ -118,7 +124,7 @@ class Nats:
     )
     subject_prefix: str = _key(
         "harmonylite-change-log",
-        rules.pattern(_SUBJECT, "a NATS subject without * and >"),
+        rules.pattern(_SUBJECT, "a NATS subject without *, > and a $ in front"),
         "subjects of changes begin with it; the same on every node",
     )
     stream_prefix: str = _key(

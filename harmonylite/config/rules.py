@@ -188,7 +188,7 @@ def database_path() -> Rule:
 
     def read(value: object) -> Path:
         given = os.fspath(value) if isinstance(value, Path) else _text(value)
-        if not given:
+        if not given.strip():
             raise ValueError("must name the application's SQLite file")
         try:
             found = _at_home(given).resolve()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from typing import NamedTuple, final
 from urllib.parse import urlsplit
@@ -94,6 +95,8 @@ def split_address(text: str, *, any_port: bool = False) -> Address:
         raise ValueError("must be host:port, with an IPv6 host in brackets: [::1]:80")
     if re.search(r"[\s\[\]]", host):
         raise ValueError("must be host:port")
+    if re.fullmatch(r"[\d.]+", host) and not _is_ipv4(host):
+        raise ValueError(f"must be host:port, but {host} is not an IPv4 address")
     if not re.fullmatch(r"-?\d{1,9}", port_text):
         raise ValueError(f"must be host:port, but the port is {port_text!r}")
     port = int(port_text)
@@ -102,6 +105,14 @@ def split_address(text: str, *, any_port: bool = False) -> Address:
     if not 1 <= port <= 65535:
         raise ValueError(f"has a port outside 1 to 65535: {port}")
     return Address(host, port)
+
+
+def _is_ipv4(host: str) -> bool:
+    try:
+        ipaddress.IPv4Address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def parse_server_url(text: str, schemes: tuple[str, ...]) -> ServerUrl:
@@ -118,8 +129,12 @@ def parse_server_url(text: str, schemes: tuple[str, ...]) -> ServerUrl:
         port = parts.port
     except ValueError:
         raise ValueError(f"has an address with a port outside 1 to 65535: {shown!r}") from None
-    if not parts.hostname or port == 0 or re.search(r"\s", url):
+    if "," in (parts.hostname or ""):
+        raise ValueError(f"has one text for several addresses: write them as a list, each in its own quotes: {shown!r}")
+    if not parts.hostname or port == 0 or re.search(r"[\s<>]", url):
         raise ValueError(f"has an address that is not scheme://host:port: {shown!r}")
+    if re.fullmatch(r"[\d.]+", parts.hostname) and not _is_ipv4(parts.hostname):
+        raise ValueError(f"has an address whose host is not an IPv4 address: {shown!r}")
     return ServerUrl(url)
 
 

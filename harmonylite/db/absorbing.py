@@ -8,13 +8,17 @@ from typing import TypeVar
 
 import apsw
 
-from harmonylite.db import conflicts, sql
+from harmonylite.db import conflicts, sql, versions
 from harmonylite.db.database import Database, ReplicaSettings
 from harmonylite.db.evictions import Evictions
+from harmonylite.db.recapture import Recapturing
 from harmonylite.db.schema import Schema
 from harmonylite.db.versions import NO_CORRECTION, NOTHING, UNBOUNDED_MS, Absorbed, Absorber, Correction
 
 T = TypeVar("T")
+
+# Nothing is taken, and there may be something.
+_WAITING = Absorbed(0, 1, 0, ())
 
 
 class Absorbing:
@@ -26,10 +30,14 @@ class Absorbing:
     def __init__(self, database: Database, settings: ReplicaSettings) -> None:
         self._database = database
         self._settings = settings
+        self.recapturing = Recapturing(database, settings.node_id)
+        self._limit = versions.ABSORB_ROWS
+        self._left = 0
 
     def follow(self, schema: Schema) -> None:
         """Inside the transaction that installed capture for it."""
         self._absorber = Absorber(schema, self._settings.node_id)
+        self.recapturing.follow()
 
     @property
     def evictions(self) -> Evictions:
@@ -37,7 +45,9 @@ class Absorbing:
 
     def has_log(self, connection: apsw.Connection) -> bool:
         """Whether there is anything to absorb, or the schema has changed, as a connection sees it; takes no lock."""
-        return self._database.is_stale(connection) or (self._settings.publish and self._absorber.has_log(connection))
+        return self._database.is_stale(connection) or (
+            self._settings.publish and (self.recapturing.is_due(connection) or self._absorber.has_log(connection))
+        )
 
     def sight(self, *, on_writer: bool) -> None:
         """Reader (or writer). Remember where the application's transactions end now; takes no lock. For when nothing
@@ -57,34 +67,52 @@ class Absorbing:
         self._database.bound_ms = UNBOUNDED_MS if bound_ms is None else bound_ms
         self._database.correction = correction
 
-    def absorb(self, bound_ms: int | None = None, correction: Correction = NO_CORRECTION) -> int:
-        """Writer. See Replica.absorb."""
+    def absorb(self, bound_ms: int | None = None, correction: Correction = NO_CORRECTION) -> Absorbed:
+        """Writer. See Replica.absorb. Raises RecaptureDueError."""
         if not self.has_log(self._database.writer):
-            return 0
+            return NOTHING
         self.know_time(bound_ms, correction)
         with self._database.transaction():
-            return self.piece(bound_ms, correction).rows
+            absorbed = self.piece(bound_ms, correction)
+        if not absorbed.rows:
+            self.recapturing.check()
+        return absorbed
 
     def piece(self, bound_ms: int | None, correction: Correction = NO_CORRECTION) -> Absorbed:
-        """Writer, inside a transaction. As much as one transaction takes."""
+        """Writer, inside a transaction. As much as one transaction takes; nothing while a table is gone through (see
+        `recapture`)."""
         if not self._settings.publish:
             return NOTHING
         database = self._database
+        if self.recapturing.is_due(database.writer):
+            return _WAITING
         bound = UNBOUNDED_MS if bound_ms is None else bound_ms
         absorbed, database.state = self._absorber.absorb(
-            database.writer, database.state, bound_ms=bound, correction=correction
+            database.writer, database.state, bound_ms=bound, correction=correction, limit=self._limit
         )
+        self._keep_up(absorbed)
         conflicts.drop_beaten(database.writer, absorbed.tables, absorbed.batch)
         return absorbed
 
+    def _keep_up(self, absorbed: Absorbed) -> None:
+        """An application that writes more between two pieces than one of them takes would keep the log from ever being
+        empty, and nothing would be published: the pieces grow with it. A long log that does not grow is no reason."""
+        grew = absorbed.left + absorbed.rows - self._left if self._left else 0
+        if grew > absorbed.rows // 2:
+            self._limit *= 2
+        elif grew < absorbed.rows // 8:
+            self._limit = max(versions.ABSORB_ROWS, self._limit // 2)
+        self._left = absorbed.left
+
     def before(self, job: Callable[[], T], bound_ms: int | None, correction: Correction) -> T:
         """Writer. `job` in one write transaction, after everything logged was absorbed: in it, versions say what they
-        should. A log too large for that is absorbed in pieces first."""
+        should. A log too large for that is absorbed in pieces first. Raises RecaptureDueError."""
         self.know_time(bound_ms, correction)
         while True:
             with self._database.transaction():
                 if self.piece(bound_ms, correction).drained:
                     return job()
+            self.recapturing.check()
 
     def took_batches(self, newest: int) -> None:
         """Writer, inside a transaction. Batches up to `newest` were given to rows, and not by absorbing."""

@@ -90,8 +90,6 @@ class Applying:
                 refused_ms = max(refused_ms, limit)
         if refused_ms:
             self._lower_floor(refused_ms)
-        if any(message.unread for message in delivery.undecodable):
-            self._database.count_unread()
         return newest
 
     def _lower_floor(self, limit_ms: int) -> None:
@@ -136,7 +134,9 @@ class Applying:
 
     def _keep(self, position: Position, message: Undecodable) -> None:
         if message.unread is not None:
-            unread.keep(self._writer, position, message, message.unread, self._now_ms())
+            change = unread.keep(self._writer, position, message, message.unread, self._now_ms())
+            self._database.unread_changed(change)
+            unread.tell(position, message, change.messages, self._database.state)
             return
         stream = position.stream
         log.error(

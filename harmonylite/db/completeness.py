@@ -3,6 +3,7 @@ server it had read everything."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -32,21 +33,46 @@ class Completeness:
         """Any thread. See `tables.State`."""
         return self._database.state.unread
 
-    def note_hole(self, text: str) -> None:
-        """Writer. Reading is about to go on although messages were missed: until a snapshot was merged, or
-        `declare_complete`."""
-        with self._database.transaction():
-            self._database.state = replace(self._database.state, hole=text)
+    @property
+    def unread_bytes(self) -> int:
+        """Any thread. See `tables.State`."""
+        return self._database.state.unread_bytes
 
-    def count_unread(self) -> None:
+    @property
+    def hole_ends(self) -> tuple[Position, ...]:
+        """Any thread. What a snapshot has to contain of each stream for the hole to be none any more; empty if that is
+        not known."""
+        ends = json.loads(self._database.state.hole_ends or "[]")
+        return tuple(Position(stream, created, sequence) for stream, created, sequence in ends)
+
+    def note_hole(self, text: str, end: Position | None = None) -> None:
+        """Writer. Reading is about to go on behind `end` although messages were missed: until a snapshot was merged
+        that has them, or `declare_complete`."""
+        ends = {each.stream: each for each in self.hole_ends}
+        if end is not None:
+            ends[end.stream] = end  # an earlier one of this stream lies before it
+        stored = json.dumps([(each.stream, each.created, each.sequence) for each in ends.values()])
+        with self._database.transaction():
+            self._database.state = replace(self._database.state, hole=text, hole_ends=stored)
+
+    def _is_filled(self, positions: Sequence[Position]) -> bool:
+        """Whether a snapshot at these positions was taken behind all that was missed here; that of a stream that was
+        made anew was, as its node has missed nothing. A stream that is gone counts for nothing."""
+        there = {each.stream: each for each in positions}
+        return all(
+            (found := there.get(end.stream)) is None or found.created != end.created or found.sequence >= end.sequence
+            for end in self.hole_ends
+        )
+
+    def unread_changed(self, change: unread.Size) -> None:
         """Writer, inside `transaction` or `judge`. What is kept of unread messages has changed."""
-        self._database.count_unread()
+        self._database.unread_changed(change)
 
     def declare_complete(self) -> None:
         """Writer. The operator's word: what is here is to count without what is missing."""
         with self._database.transaction():
             unread.give_up(self._database.writer)
-            self._database.state = replace(self._database.state, hole="", unread=0)
+            self._database.state = replace(self._database.state, hole="", hole_ends="", unread=0, unread_bytes=0)
 
     def note_synced(self, server_ms: int) -> None:
         """Any thread. This node had read everything there was at that server time; durable with the next write
@@ -72,12 +98,15 @@ class Completeness:
         unread_there: Sequence[unread.Kept] = (),
     ) -> None:
         """Writer, inside `judge`. A snapshot was merged: the streams go on after `positions`, or after what was read
-        already; nothing is missing here any more, but what its node could not read (`unread_there`).
+        already; nothing is missing here any more, but what its node could not read (`unread_there`), and what was
+        missed behind `positions`.
 
         Of `tombstones_since_ms` the snapshot's counts, as it has what was forgotten here; not for what this node has
         read beyond it, or in another stream.
         """
         writer, state = self._database.writer, self._database.state
+        if self._is_filled(positions):
+            state = replace(state, hole="", hole_ends="")
         unread.arrive(writer, positions, unread_there)
         behind = True
         for position in positions:
@@ -91,6 +120,5 @@ class Completeness:
             tombstones_since_ms=(
                 tombstones_since_ms if behind else max(tombstones_since_ms, state.tombstones_since_ms)
             ),
-            hole="",
         )
         self._database.count_unread()

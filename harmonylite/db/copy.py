@@ -40,8 +40,8 @@ PIN_ATTEMPTS = 50
 # Pages copied between two looks at `cancelled`: 2 MB of a usual database.
 STEP_PAGES = 512
 
-# While a copy is checked: so often its progress is told, in instructions of SQLite, and `cancelled` asked.
-CHECK_STEPS, CHECK_LOOK_S = 100_000, 0.1
+# While a copy is checked, so often `cancelled` is asked.
+CHECK_LOOK_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +283,7 @@ def _tell_progress(connection: apsw.Connection, progress: Report) -> None:
         progress(min(read, pages) * page_bytes, pages * page_bytes)
         return False
 
-    connection.setprogresshandler(tell, CHECK_STEPS)
+    sql.ask_to_stop(connection, tell)
 
 
 @contextlib.contextmanager

@@ -239,8 +239,16 @@ class Database:
         )
 
     def count_unread(self) -> None:
-        """Inside a transaction that changed what is kept of unread messages."""
-        self.state = replace(self.state, unread=unread.count(self.writer))
+        """Inside a transaction that changed what is kept of unread messages. Reads them all."""
+        kept = unread.size(self.writer)
+        self.state = replace(self.state, unread=kept.messages, unread_bytes=kept.bytes)
+
+    def unread_changed(self, change: unread.Size) -> None:
+        """As `count_unread`, knowing what came (or went, if negative)."""
+        state = self.state
+        self.state = replace(
+            state, unread=state.unread + change.messages, unread_bytes=state.unread_bytes + change.bytes
+        )
 
     def raise_floor(self, server_ms: int) -> None:
         """Inside a transaction that has emptied the change logs: what is written from now on was written after

@@ -20,7 +20,7 @@ import apsw
 from harmonylite.db.capture import collate, key_columns, key_match
 from harmonylite.db.outbox import decode_typed, typed_keys_sql, typed_sql
 from harmonylite.db.rows import bound, marker
-from harmonylite.db.schema import BUILT_IN_COLLATIONS, Table
+from harmonylite.db.schema import Table
 from harmonylite.db.sparse import ColumnVersion
 from harmonylite.db.sql import integer, normal, quote, rows, version_table
 from harmonylite.model import Row, Stamp, Version
@@ -212,46 +212,6 @@ def _unversioned(theirs: Table, mine: Table | None) -> Scan:
             f" FROM snap.{quote(theirs.name)} AS r {joins} WHERE {where}"
         ),
     )
-
-
-class Rivals:
-    """Finds rows here that may not stand beside a row of the snapshot: by unique indexes over plain columns. Through a
-    partial or expression index they cannot be found quickly; such a clash is settled by the rule for clashes alone."""
-
-    def __init__(self, connection: apsw.Connection, theirs: Table, mine: Table) -> None:
-        self._connection = connection
-        self._theirs = theirs
-        self._keys = ", ".join(typed_sql(quote(name)) for name in mine.key_names)
-        self._mine = quote(mine.name)
-        listed = rows(
-            connection, "SELECT name, \"unique\", origin, partial FROM pragma_index_list(?, 'main')", (mine.name,)
-        )
-        indexes = [name for name, unique, origin, partial in listed if unique and origin != "pk" and not partial]
-        self._conditions = [found for name in indexes if (found := self._columns(name))]
-
-    def _columns(self, index: str) -> tuple[tuple[str, str], ...]:
-        """Columns with their collations; none if the index has expressions, or the snapshot other columns."""
-        sql = "SELECT name, coll FROM pragma_index_xinfo(?, 'main') WHERE key ORDER BY seqno"
-        found = tuple(rows(self._connection, sql, (index,)))
-        usable = all(
-            name is not None and self._theirs.column(name) is not None and collation.upper() in BUILT_IN_COLLATIONS
-            for name, collation in found
-        )
-        return found if usable else ()
-
-    def of(self, key: Row) -> list[Row]:
-        """Keys of the rows here that clash with the snapshot's row with this key, that row's own among them."""
-        where = " AND ".join(
-            f"{quote(part.name)} = {marker(value)}{collate(part)}"
-            for part, value in zip(self._theirs.key, key, strict=True)
-        )
-        new = f"FROM snap.{quote(self._theirs.name)} WHERE {where}"
-        found: list[Row] = []
-        for columns in self._conditions:
-            same = [f"{quote(name)} = (SELECT {quote(name)} {new}) COLLATE {quote(coll)}" for name, coll in columns]
-            sql = f"SELECT {self._keys} FROM main.{self._mine} WHERE {' AND '.join(same)}"
-            found += map(decode_typed, rows(self._connection, sql, bound(key) * len(columns)))
-        return found
 
 
 def deleting(mine: Table, theirs: Table, latest_ms: int) -> tuple[Scan, ...]:

@@ -62,6 +62,17 @@ def renumber(connection: apsw.Connection, schema: Schema, batch: int, to: int) -
     return moved
 
 
+def numbers(connection: apsw.Connection, schema: Schema) -> list[int]:
+    """The held batches; reads no more than one version of each."""
+    found: set[int] = set()
+    for table in schema.tables.values():
+        following = f"SELECT min(batch) FROM {version_table(table.name)} WHERE batch > ?"
+        batch = HELD
+        while batch := integer(connection, following, (batch,)):
+            found.add(batch)
+    return sorted(found)
+
+
 def sizes(connection: apsw.Connection, schema: Schema) -> dict[int, int]:
     """The held batches with their numbers of rows."""
     found: dict[int, int] = {}

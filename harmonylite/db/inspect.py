@@ -20,7 +20,7 @@ import apsw
 from harmonylite.db import capture, schema
 from harmonylite.db.conflicts import COUNT_WAITING
 from harmonylite.db.copy import integrity
-from harmonylite.db.sql import PREFIX, integer, log_table, normal, rows, scalar, snapshot, version_table
+from harmonylite.db.sql import PREFIX, ask_to_stop, integer, log_table, normal, rows, scalar, snapshot, version_table
 from harmonylite.db.tables import CONFLICT, META, META_VALUE, PARKED, POSITION, TABLE, UNREAD, load_state
 from harmonylite.model import Position, Row, Value
 from harmonylite.wire import WireError, unpack
@@ -178,7 +178,7 @@ def _soundness(connection: apsw.Connection, seconds: float) -> Soundness:
     if version < _INTERRUPTIBLE_CHECK and size > seconds * _SLOW_CARD_BYTES_PER_S:
         return Soundness(None, 0.0, size)
     deadline = time.monotonic() + seconds
-    connection.setprogresshandler(lambda: time.monotonic() > deadline, 10_000)
+    ask_to_stop(connection, lambda: time.monotonic() > deadline)
     try:
         complaint, looked_at = integrity(connection, "quick_check"), 1.0
     except apsw.InterruptError:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import apsw
 
-from harmonylite.db import capture, schema, stamping, tables, versions
+from harmonylite.db import capture, recapture, schema, stamping, tables, versions
 from harmonylite.db.held import HELD
 from harmonylite.db.schema import Schema, Table
 from harmonylite.db.sql import PREFIX, integer, log_table, normal, quote, rows, version_table
@@ -43,8 +43,9 @@ def install(
     bound_ms: int = versions.UNBOUNDED_MS,
     correction: Correction = versions.NO_CORRECTION,
 ) -> tuple[Schema, State, frozenset[str]]:
-    """Returns the schema as it is now replicated, the state to be saved, and the new names (normal) of tables that were
-    renamed. The times are for what the logs hold."""
+    """Returns the schema as it is now replicated, the state to be saved, and the names (normal) that now mean other
+    rows than before: of tables that were renamed, and of those that are gone through (recapture.py). The times are for
+    what the logs hold."""
     found = schema.load(connection, settings.include, settings.exclude)
     everything = schema.load(connection)
     moved = _follow_renames(connection, everything)
@@ -54,7 +55,10 @@ def install(
     lost_logs = _tables_without_log(connection, known, everything)
     # The old table of a new name says nothing of it.
     stamped = {name for name in stamping.stamped(connection) if _is_known(known, name)} - moved
-    state = _absorb_leftovers(connection, everything, known, stamped, settings.node_id, state, bound_ms, correction)
+    # What is missing there is not evicted.
+    counted = stamped - recapture.names(connection)
+    if moved or lost_logs or not settings.publish or not _is_as_installed(connection, found, known):
+        state = _absorb_leftovers(connection, everything, known, counted, settings.node_id, state, bound_ms, correction)
     lost = _rebuild_damaged(connection, found, known)
     versions.create_tables(connection, found.tables.values(), with_logs=settings.publish)
     state = replace(state, batch=max([state.batch, *(_newest_batch(connection, t) for t in found.tables.values())]))
@@ -67,8 +71,12 @@ def install(
         key = normal(table.name)
         # A table that came after the first installation has rows that nobody saw; at the first, nothing is stamped.
         if settings.publish and not first and (key in lost | off | lost_logs):
-            state = _recapture(connection, table, settings.node_id, state, new=_name(known, table) is None)
-            stamped.add(key)
+            state, done = _recapture(connection, table, settings.node_id, state, is_new=_name(known, table) is None)
+            if done:
+                stamped.add(key)
+            else:
+                stamped.discard(key)
+                moved |= {key}
         connection.execute(
             f"INSERT INTO {tables.TABLE} VALUES (?, ?)"
             " ON CONFLICT (name) DO UPDATE SET definition = excluded.definition",
@@ -76,6 +84,7 @@ def install(
         )
     watched = {key for key, table in found.tables.items() if settings.publish and table.evicts_unseen}
     stamping.note(connection, stamped & watched)
+    recapture.keep(connection, found.tables if settings.publish else ())
     if lost:
         # The versions are gone: only the stream can say again what they were.
         connection.execute(f"DELETE FROM {tables.POSITION}")
@@ -129,6 +138,7 @@ def _follow_renames(connection: apsw.Connection, everything: Schema) -> frozense
         for suffix in ("pending", "tombstones"):
             connection.execute(f"DROP INDEX IF EXISTS {quote(f'{PREFIX}{old}_{suffix}')}")
         connection.execute(f"UPDATE OR REPLACE {tables.TABLE} SET name = ? WHERE name = ?", (new, old))
+        recapture.rename(connection, old, new)
     return frozenset(normal(new) for new in moved.values())
 
 
@@ -155,6 +165,24 @@ def _forget_dropped(connection: apsw.Connection, known: dict[str, str], everythi
 def _drop_tables_of(connection: apsw.Connection, name: str) -> None:
     connection.execute(f"DROP TABLE IF EXISTS {log_table(name)}")
     connection.execute(f"DROP TABLE IF EXISTS {version_table(name)}")
+
+
+def _is_as_installed(connection: apsw.Connection, found: Schema, known: dict[str, str]) -> bool:
+    """Whether nothing changed since the last installation, as when the daemon was only off: the logs stay as they are,
+    to be absorbed in short transactions."""
+    if tables.get_meta(connection, "definitions") != schema.schema_text(connection):
+        return False
+    there = {name: (sql, normal(on)) for name, (on, sql) in capture.installed(connection).triggers.items()}
+    wanted = {t.name: (t.sql, key) for key, table in found.tables.items() for t in capture.triggers(table)}
+    return (
+        there == wanted
+        and known == {table.name: capture.definition(table) for table in found.tables.values()}
+        and all(
+            _has_columns(connection, log_table(table.name), table, _LOG_COLUMNS)
+            and _has_columns(connection, version_table(table.name), table, _VERSION_COLUMNS)
+            for table in found.tables.values()
+        )
+    )
 
 
 def _absorb_leftovers(
@@ -234,21 +262,19 @@ def _fix_triggers(connection: apsw.Connection, found: Schema) -> frozenset[str]:
     return frozenset(off)
 
 
-def _recapture(connection: apsw.Connection, table: Table, node_id: int, state: State, *, new: bool) -> State:
-    """new: nothing of it was ever captured."""
+def _recapture(
+    connection: apsw.Connection, table: Table, node_id: int, state: State, *, is_new: bool
+) -> tuple[State, bool]:
+    """is_new: nothing of it was ever captured. Returns whether all of it is done; if not, it is begun."""
     batch = state.batch + 1
-    changed = versions.recapture(connection, table, node_id=node_id, batch=batch, published=state.published_batch)
-    fields = {"table": table.name, "rows": changed}
-    if new:
-        log.info("table is replicated from now on, with the rows that it has", extra={"fields": fields})
-    elif changed:
-        log.warning(
-            "table was rebuilt, or capture was off for it: all its rows are published again, at the versions they had",
-            extra={"fields": fields},
-        )
+    small = recapture.is_small(connection, table)
+    if small:
+        changed = versions.recapture(connection, table, node_id=node_id, batch=batch, published=state.published_batch)
+        recapture.forget(connection, table)
+        recapture.say(table, changed, is_new=is_new)
     else:
-        log.info("table is captured again; it has no rows, and had none", extra={"fields": fields})
-    return replace(state, batch=batch)
+        recapture.begin(connection, table, batch=batch, is_new=is_new)
+    return replace(state, batch=batch), small
 
 
 def uninstall(connection: apsw.Connection, *, everything: bool) -> int:

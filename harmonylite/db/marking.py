@@ -90,11 +90,3 @@ class Marking:
         if marked:
             replica.use_batch()
         return marked
-
-
-def start_over(replica: Replica, position: Position) -> None:
-    """All of it, in one go for the caller: everything is pending again, and reading goes on at `position`."""
-    marking = Marking(replica)
-    while marking.step():
-        pass
-    marking.finish(position)

@@ -18,7 +18,7 @@ from harmonylite.db.difference import Found, Scan
 from harmonylite.db.rows import NO_VERSION, bound, identity, marker
 from harmonylite.db.schema import Table
 from harmonylite.db.sql import version_table
-from harmonylite.model import UNVERSIONED, Group, Stamp, TableChanges
+from harmonylite.model import UNVERSIONED, Group, Stamp, TableChanges, Version
 
 if TYPE_CHECKING:
     from harmonylite.db.replica import Replica
@@ -31,7 +31,7 @@ def take(replica: Replica, context: Context, scan: Scan, table: Table | None, fo
     """Rows of the snapshot take effect by version, exactly as messages would. table: the one here, None if it is
     missing. Returns how many rows became pending here: those that the snapshot's node had not published yet, and own
     ones of the same version with a content that wins."""
-    replica.take(Group(0, 0, _changes(scan, found)), context)
+    replica.take(Group(0, 0, _changes(replica, scan, table, found)), context)
     if table is None or not context.publish:
         return 0
     marked = 0
@@ -41,11 +41,15 @@ def take(replica: Replica, context: Context, scan: Scan, table: Table | None, fo
     return marked
 
 
-def _changes(scan: Scan, found: Sequence[Found]) -> tuple[TableChanges, ...]:
+def _changes(replica: Replica, scan: Scan, table: Table | None, found: Sequence[Found]) -> tuple[TableChanges, ...]:
+    def here(each: Found) -> Version:
+        local = store.find_version(replica.writer, table, each.key) if table is not None else None
+        return local.version if local is not None and not local.deleted else UNVERSIONED
+
     whole = [each for each in found if not each.older]
     return (
         _rows(scan, scan.columns, [(each, each.stamp) for each in whole]),
-        *(changes for each in found if each.older for changes in _in_steps(scan, each)),
+        *(changes for each in found if each.older for changes in _in_steps(scan, each, here(each))),
     )
 
 
@@ -67,11 +71,15 @@ def _rows(scan: Scan, columns: Sequence[str], found: Sequence[tuple[Found, Stamp
     )
 
 
-def _in_steps(scan: Scan, each: Found) -> Iterator[TableChanges]:
+def _in_steps(scan: Scan, each: Found, here: Version) -> Iterator[TableChanges]:
     """A row with columns older than itself (sparse.py), as the messages that made it so: whole at the oldest version,
-    then without the columns that stayed behind."""
+    then without the columns that stayed behind. Of a version that the row has `here`, or had, only the columns that
+    stayed at it are known: with newer ones it would look like another write."""
     for version in sorted(set(each.older.values())):
-        columns = [name for name in scan.columns if each.older.get(name, each.version[:2]) >= version]
+        versions = {name: each.older.get(name, each.version[:2]) for name in scan.columns}
+        columns = [name for name in scan.columns if versions[name] >= version]
+        if version <= here[:2]:
+            columns = [name for name in columns if versions[name] == version or name in scan.table.key_names]
         # It has seen everything older: what it replaces is no conflict.
         yield _rows(scan, columns, [(each, Stamp(*version, 0, *version))])
     columns = [name for name in scan.columns if name not in each.older]

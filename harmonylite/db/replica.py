@@ -38,8 +38,9 @@ PRUNE_ROWS = 2_000
 class Replica:
     """See the module. `now_ms` dates entries of the conflict log; it decides nothing.
 
-    absorbing: the change logs; outgoing: what is published; unseen: rows that went unseen; times: corrections of what
-    was written by a wrong clock; completeness: whether anything is missing here.
+    absorbing: the change logs; recapturing: tables that capture was off for, see `recapture`; outgoing: what is
+    published; unseen: rows that went unseen; times: corrections of what was written by a wrong clock; completeness:
+    whether anything is missing here.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Replica:
         self._now_ms = now_ms
         self._database = Database(path, settings, now_ms, self._follow_schema)
         self.absorbing = Absorbing(self._database, settings)
+        self.recapturing = self.absorbing.recapturing
         self._paused_tables = 0
         self.outgoing = Outgoing(self._database, self.absorbing, settings)
         self.unseen = Unseen(self._database, self.absorbing, settings)
@@ -92,12 +94,18 @@ class Replica:
         self._applying = Applying(self._database, schema, settings, self._now_ms)
         side_triggers.install(self._writer, frozenset(t.name for t in schema.tables.values()))
         left_out.follow(self._writer, self.wants)
+        self._follow_parked(schema)
+
+    def _follow_parked(self, schema: Schema) -> None:
+        """Inside a transaction: try parked rows again if the schema is another one than when that was done last."""
+        if self.recapturing.under_way is not None:
+            return  # what they would be compared with is not known yet
         # Not only tables and columns count: a CHECK may be gone.
         definitions = schema_text(self._writer)
         if tables.get_meta(self._writer, "definitions") != definitions:
             tables.set_meta(self._writer, "definitions", definitions)
             self._paused_tables = self._applying.retry_parked()
-        elif settings.publish:
+        elif self._settings.publish:
             # What was in the logs is absorbed by now.
             conflicts.drop_beaten(self._writer, list(schema.tables.values()), None)
 
@@ -201,13 +209,25 @@ class Replica:
         bound_ms: the latest time that a write may claim (docs/rules.md, Clocks); None: the server's time is not known.
         Returns the number of log rows taken; more may be left when the log is large.
         """
-        return self.absorbing.absorb(bound_ms, correction)
+        return self.absorbing.absorb(bound_ms, correction).rows
 
     def follow_schema(self) -> None:
         """Writer. Install capture for the schema as it is now, if that has changed; else takes no lock."""
         if self._database.is_stale(self._writer):
             with self._database.transaction():
                 pass
+
+    def recapture(self) -> bool:
+        """Writer. Go through some rows of a table that capture was off for, if there is one, in one short write
+        transaction; True: call it again. Until its end, whatever needs to know what was written here raises
+        RecaptureDueError. Raises as `apply` besides."""
+        was_due = self.recapturing.under_way is not None
+        if self.recapturing.step():
+            return True
+        if was_due:
+            with self._database.transaction():
+                self._follow_parked(self.schema)
+        return False
 
     def note_position(self, position: Position) -> None:
         """Any thread. A position that moved past nothing new; durable with the next write transaction."""
@@ -224,8 +244,8 @@ class Replica:
     def apply(self, delivery: Delivery, bound_ms: int | None = None, correction: Correction = NO_CORRECTION) -> Applied:
         """Writer. Everything in `delivery` takes effect and the position moves, in one write transaction.
 
-        Raises apsw.BusyError, apsw.FullError, apsw.IOError with nothing changed: try again later; PositionsLostError
-        when the stream has to be read again from the stored position.
+        Raises apsw.BusyError, apsw.FullError, apsw.IOError, RecaptureDueError with nothing changed: try again later;
+        PositionsLostError when the stream has to be read again from the stored position.
         """
         self.absorbing.know_time(bound_ms, correction)
         while True:
@@ -235,6 +255,7 @@ class Replica:
                 applied = self._apply(delivery, bound_ms, correction, careful=True)
             if applied is not None:
                 return applied
+            self.recapturing.check()
 
     def _apply(
         self, delivery: Delivery, bound_ms: int | None, correction: Correction, *, careful: bool
@@ -348,6 +369,8 @@ class Replica:
         """Writer. Start the retention of tombstones that the cluster has, forget those past it. Only while connected:
         `server_ms` is the server's time, so that a wrong local clock prunes nothing. Returns how many are forgotten."""
         with self._database.transaction():
+            if self.recapturing.under_way is not None:
+                return 0  # a row may be there again
             published = self._state.published_batch
             before = server_ms - self._tombstone_retention_ms
             total = 0

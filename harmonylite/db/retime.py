@@ -59,7 +59,7 @@ def retime(connection: apsw.Connection, schema: Schema, change: Change, *, after
     if lows:
         versions.join(connection, min(lows), batch)
         newest = batch
-    for old in held.sizes(connection, schema):
+    for old in held.numbers(connection, schema):
         if old - HELD <= boot:
             continue
         span = {"after_batch": old - 1, "until_batch": old + 1, "batch": HELD + newest + 1}
@@ -110,28 +110,52 @@ class Times:
         bound = server_ms + self._settings.tolerance_ms
         if self._clamped and server_ms - HOUR_MS < self._database.state.floor_ms <= bound:
             return
-        self._absorbing.before(lambda: self._clamp(server_ms, bound), bound, correction)
+        right = self._right_through(bound)
+        self._absorbing.before(lambda: self._clamp(server_ms, bound, right), bound, correction)
         self._clamped = True
 
-    def _clamp(self, server_ms: int, bound_ms: int) -> None:
-        self._retime(clamped(node_id=self._settings.node_id, bound_ms=bound_ms), boot=0)
+    def _right_through(self, bound_ms: int) -> int:
+        """The newest batch if no pending version claims a time after `bound_ms`, else 0. Looked for without the lock,
+        as there may be many: nobody but the writer changes versions."""
+        database = self._database
+        if database.is_stale(database.writer):
+            return 0
+        ahead = "batch > ? AND node = ? AND rank = 0 AND ts > max(?, base_ts + 1)"
+        bindings = (database.published(), self._settings.node_id, bound_ms)
+        for table in database.installed().tables.values():
+            if integer(database.writer, f"SELECT 1 FROM {version_table(table.name)} WHERE {ahead} LIMIT 1", bindings):
+                return 0
+        return database.state.batch
+
+    def _clamp(self, server_ms: int, bound_ms: int, right: int) -> None:
+        """right: versions of batches up to this one claim no later time; 0: not known."""
+        change = clamped(node_id=self._settings.node_id, bound_ms=bound_ms)
+        self._retime(change, boot=right)
         self._database.raise_floor(server_ms)
 
     def shift_clock(self, *, from_ms: int, to_ms: int, delta_ms: int) -> None:
         """Writer. This boot's clock was behind by `delta_ms` (ahead, if negative) while it showed from_ms..to_ms:
-        correct the times of what was written then and not yet acknowledged."""
-        database = self._database
+        correct the times of what was written then and not yet acknowledged. What is in the logs counts as written
+        then: whatever was logged before the daemon started has to be absorbed by now. Raises RecaptureDueError."""
+        database, recapturing = self._database, self._absorbing.recapturing
         with database.transaction():
-            change = shifted(node_id=self._settings.node_id, from_ms=from_ms, to_ms=to_ms, delta_ms=delta_ms)
-            self._retime(change, boot=database.state.boot_batch)
-            if delta_ms < 0 and from_ms <= database.state.floor_ms <= to_ms:
-                # Else what is in the logs, and what comes, would be lifted to the time of the clock that was ahead. No
-                # lower than what keeps its time, or a version could be given out twice.
-                kept = versions.newest_own(database.writer, database.installed(), self._settings.node_id)
-                database.lower_floor(max(database.state.floor_ms + delta_ms, kept))
-            # The logs come after that, already corrected: uncorrected they might be lifted to the floor.
-            while not self._absorbing.piece(None, Correction(delta_ms, to_ms)).drained:
-                pass
+            if not recapturing.is_due(database.writer):
+                self._shift(from_ms, to_ms, delta_ms)
+                return
+        recapturing.check()
+
+    def _shift(self, from_ms: int, to_ms: int, delta_ms: int) -> None:
+        database = self._database
+        change = shifted(node_id=self._settings.node_id, from_ms=from_ms, to_ms=to_ms, delta_ms=delta_ms)
+        self._retime(change, boot=database.state.boot_batch)
+        if delta_ms < 0 and from_ms <= database.state.floor_ms <= to_ms:
+            # Else what is in the logs, and what comes, would be lifted to the time of the clock that was ahead. No
+            # lower than what keeps its time, or a version could be given out twice.
+            kept = versions.newest_own(database.writer, database.installed(), self._settings.node_id)
+            database.lower_floor(max(database.state.floor_ms + delta_ms, kept))
+        # The logs come after that, already corrected: uncorrected they might be lifted to the floor.
+        while not self._absorbing.piece(None, Correction(delta_ms, to_ms)).drained:
+            pass
 
     def _retime(self, change: Change, *, boot: int) -> None:
         """Give pending versions other times, of batches after `boot`."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import apsw
+
+from harmonylite.db.busy import busy_handler
 
 log = logging.getLogger(__name__)
 
@@ -18,6 +20,10 @@ Bindings = Sequence[object] | Mapping[str, object]
 
 # How long one statement waits for the application's lock before SQLITE_BUSY; the caller then tries again.
 BUSY_TIMEOUT_MS = 5_000
+
+
+# Between two looks at whether a statement is to stop, in instructions of SQLite's machine: some milliseconds.
+STOP_STEPS = 100_000
 
 
 def quote(name: str) -> str:
@@ -56,7 +62,7 @@ def open_writer(path: Path) -> apsw.Connection:
     again; the application's own setting is per connection and untouched.
     """
     connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
-    connection.setbusytimeout(BUSY_TIMEOUT_MS)
+    connection.setbusyhandler(busy_handler(BUSY_TIMEOUT_MS / 1000))
     _prepare(connection)
     mode = scalar(connection, "PRAGMA journal_mode")
     if mode != "wal":
@@ -97,6 +103,12 @@ def open_beside(path: Path, name: str, other: str) -> apsw.Connection:
 def _prepare(connection: apsw.Connection) -> None:
     # Sorting for absorb stays in memory: no temporary files on the card.
     connection.execute("PRAGMA temp_store=MEMORY")
+
+
+def ask_to_stop(connection: apsw.Connection, stop: Callable[[], bool]) -> None:
+    """What runs on the connection asks `stop` now and then, every STOP_STEPS, and ends with apsw.InterruptError once it
+    says so. SQLite before 3.41 does not ask in a `quick_check` or `integrity_check`."""
+    connection.setprogresshandler(stop, STOP_STEPS)
 
 
 def rows(connection: apsw.Connection, sql: str, bindings: Bindings = ()) -> list[tuple[Any, ...]]:

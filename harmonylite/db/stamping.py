@@ -10,9 +10,10 @@ absorbed: whatever version there is stays.
 One view for all of it, not a new one for each piece: a newer one does not have the rows that matter. While it lasts,
 the write-ahead log cannot be reset, and grows by what is written: 20 MB for a million integer keys, and what the
 application writes meanwhile. Only if that gets out of hand, or the disk is full, another view is taken. Which tables
-are complete is noted in the database. A daemon that is killed before that begins again with the rows that are left
-then. In both cases an eviction goes unseen if it was of a row that had no version yet; other nodes then find it by the
-unique value of the row that took its place, unless that has changed, too.
+are begun and which complete is noted in the database. A daemon that is killed in between begins again with the rows
+that are left then. In both cases nobody here can know of an eviction if it was of a row that had no version yet. Other
+nodes find it by the unique value of the row that took its place; in case that has changed, too, this node merges their
+next snapshot, and has the row again.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import TYPE_CHECKING
 
 import apsw
 
-from harmonylite.db import capture, sql, tables
+from harmonylite.db import capture, sql, tables, unversioned
 from harmonylite.db import rows as store
 from harmonylite.db.capture import collate, key_columns, key_match
 from harmonylite.db.outbox import decode_typed, typed_sql
@@ -53,15 +54,16 @@ AIM_S = 0.005
 MOST_WAL_BYTES = 256 << 20
 WAL_PIECES = 20
 
-# Between two looks at whether it is to stop, in instructions of SQLite: some milliseconds.
-STOP_STEPS = 100_000
-
-_STAMPED = "stamped"
+_STAMPED, _BEGUN = "stamped", "stamping"
 
 
 def stamped(connection: apsw.Connection) -> frozenset[str]:
     """Tables (by normal name) in which every row has a version, as noted in the database."""
-    noted = tables.get_meta(connection, _STAMPED)
+    return _noted(connection, _STAMPED)
+
+
+def _noted(connection: apsw.Connection, what: str) -> frozenset[str]:
+    noted = tables.get_meta(connection, what)
     return frozenset(json.loads(noted)) if isinstance(noted, str) else frozenset()
 
 
@@ -102,9 +104,10 @@ class Stamping:
         self._written = 0
         self._size = FIRST_ROWS
         self._stopped = False
+        self._view_lost = False
         self._connection = sql.open_reader(path)
         try:
-            self._connection.setprogresshandler(lambda: self._stopped, STOP_STEPS)
+            sql.ask_to_stop(self._connection, lambda: self._stopped)
             self._fix_view()
         except BaseException:
             self.close()
@@ -188,15 +191,18 @@ class Stamping:
         try:
             with replica.transaction():
                 started = time.perf_counter()
+                if self._view_lost:
+                    unversioned.forget_joined(replica.writer)
                 if name in self.due:  # else the schema has changed
                     _insert(replica.writer, piece.table, self._there(replica, piece))
                     if piece.last:
                         note(replica.writer, stamped(replica.writer) | {normal(name)})
+                        _note_begun(replica.writer, _noted(replica.writer, _BEGUN) - {normal(name)})
                 took = time.perf_counter() - started
         except apsw.FullError:
             self._renew_view(replica)  # the write-ahead log may be all the room there is
             raise
-        self._piece = None
+        self._piece, self._view_lost = None, False
         self.done += len(piece.keys)
         if len(piece.keys) * 2 > self._size:
             self._size = max(LEAST_ROWS, min(MOST_ROWS, int(self._size * min(2.0, AIM_S / max(took, 1e-6)))))
@@ -212,6 +218,7 @@ class Stamping:
     def _renew_view(self, replica: Replica) -> None:
         log.debug("another view of the database is taken", extra={"fields": {"table": self._at, "rows": self.done}})
         self._rewind()
+        self._view_lost = True
         if not self._connection.getautocommit():
             self._connection.execute("ROLLBACK")
         # A view that needs nothing of the write-ahead log lets it begin anew, if nobody else has one.
@@ -258,11 +265,13 @@ class Stampings:
             each.keep({name: table for name, table in unstamped.items() if normal(name) not in renamed})
         # Not at once what is under way: by its view, evicted rows are found, too.
         begun = {name for each in self._under_way for name in each.due}
+        _miss(connection, {normal(name) for name in unstamped if name not in begun} - frozenset(renamed))
         at_once = _stamp_few(connection, [table for name, table in unstamped.items() if name not in begun])
         if at_once:
             note(connection, complete | {normal(name) for name in at_once})
         if new := [table for name, table in unstamped.items() if name not in begun and name not in at_once]:
             self._under_way = [*self._under_way, Stamping(self._path, new)]
+        _note_begun(connection, {normal(name) for name in frozenset(unstamped) - at_once})
         return frozenset(unstamped) - at_once
 
     def next(self) -> Stamping | None:
@@ -289,6 +298,23 @@ class Stampings:
         for each in self._under_way:
             each.close()
         self._under_way = []
+
+
+def _note_begun(connection: apsw.Connection, names: Collection[str]) -> None:
+    if names != _noted(connection, _BEGUN):
+        tables.set_meta(connection, _BEGUN, json.dumps(sorted(names)))
+
+
+def _miss(connection: apsw.Connection, without_view: Collection[str]) -> None:
+    """Tables (by normal name) that are not complete, and of which no view is held: those that were begun may have lost
+    rows that had no version."""
+    if lost := _noted(connection, _BEGUN).intersection(without_view):
+        log.warning(
+            "the daemon was killed before the rows of a table were known: one that OR REPLACE evicted then is taken"
+            " from another node's next snapshot",
+            extra={"fields": {"tables": ", ".join(sorted(lost))}},
+        )
+        unversioned.forget_joined(connection)
 
 
 def _stamp_few(connection: apsw.Connection, candidates: Iterable[Table]) -> frozenset[str]:

@@ -60,8 +60,9 @@ class State:
     of a log that is still being absorbed, which becomes part of the floor at its end.
     synced_at_ms: the server's time when this node had last read everything there was (0: never);
     tombstones_since_ms: no tombstone that the cluster had after this server time was forgotten here (0: none ever).
-    unread: messages kept because another version may read them; hole: where reading went on although messages were
-    missed (empty: nowhere). Either way changes are missing here that others may have.
+    unread, unread_bytes: messages kept because another version may read them, and the bytes of their data; hole: where
+    reading went on although messages were missed (empty: nowhere); hole_ends: see `Completeness`. Either way changes
+    are missing here that others may have.
     """
 
     batch: int = 0
@@ -74,7 +75,9 @@ class State:
     synced_at_ms: int = 0
     tombstones_since_ms: int = 0
     unread: int = 0
+    unread_bytes: int = 0
     hole: str = ""
+    hole_ends: str = ""
 
     @property
     def incomplete(self) -> str | None:
@@ -85,7 +88,9 @@ class State:
             )
         if self.unread:
             messages = "1 message" if self.unread == 1 else f"{self.unread:,} messages"
-            return f"{messages} could not be read by this version, harmonylite parked says why: upgrade this node"
+            text = f"{messages} could not be read by this version, harmonylite parked says why: upgrade this node"
+            megabytes = self.unread_bytes // 1_000_000
+            return text + (f"; until then they stay in its database, {megabytes:,} MB by now" if megabytes else "")
         return None
 
 

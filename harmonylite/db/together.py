@@ -9,6 +9,7 @@ import apsw
 
 from harmonylite.db import difference, tables
 from harmonylite.db.difference import Found, Scan
+from harmonylite.db.rivals import Rivals
 from harmonylite.db.rows import identity
 from harmonylite.db.schema import Schema, Table
 from harmonylite.db.snapshot_file import SnapshotFile
@@ -33,7 +34,7 @@ class Together:
         complete = list(found)
         mine = self._mine.table(scan.table.name)
         if mine is not None and mine.uniques and difference.comparable(scan.table, mine):
-            rivals = difference.Rivals(self._connection, scan.table, mine)
+            rivals = Rivals(self._connection, scan.table, mine)
             keys = {identity(mine, each.key) for each in complete}
             todo = [each.key for each in complete if each.values is not None]
             # A long chain is cut: what is left of it is settled as clashes, one piece after the other.

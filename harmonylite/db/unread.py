@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import apsw
 
@@ -54,8 +54,21 @@ class Kept:
         return self.stream, self.created, self.sequence
 
 
-def count(connection: apsw.Connection) -> int:
-    return sql.integer(connection, f"SELECT count(*) FROM {tables.UNREAD}")
+class Size(NamedTuple):
+    """How many messages, and the bytes of their data."""
+
+    messages: int = 0
+    bytes: int = 0
+
+    def __neg__(self) -> Size:
+        return Size(-self.messages, -self.bytes)
+
+
+def size(connection: apsw.Connection, where: str = "true", bindings: sql.Bindings = ()) -> Size:
+    found = sql.rows(
+        connection, f"SELECT count(*), ifnull(sum(length(data)), 0) FROM {tables.UNREAD} WHERE {where}", bindings
+    )
+    return Size(*found[0])
 
 
 def first_ms(connection: apsw.Connection) -> int | None:
@@ -80,26 +93,40 @@ def _after(connection: apsw.Connection, last: Key, table: str = tables.UNREAD) -
     return None
 
 
-def keep(writer: apsw.Connection, position: Position, message: Undecodable, unread: Unread, now_ms: int) -> None:
-    """Inside a transaction. position: that of the delivery in which the message came."""
-    log.error(
-        "message of a newer version cannot be read; it is kept until this node is upgraded",
-        extra={"fields": {"stream": position.stream, "sequence": message.sequence, "error": message.error}},
+def keep(writer: apsw.Connection, position: Position, message: Undecodable, unread: Unread, now_ms: int) -> Size:
+    """Inside a transaction. position: that of the delivery in which the message came. By how much more is kept now."""
+    kept = Kept(
+        position.stream,
+        position.created,
+        message.sequence,
+        unread.publisher,
+        unread.joined,
+        message.data,
+        message.error,
+        unread.stored_ms,
+        now_ms,
     )
-    _insert(
-        writer,
-        Kept(
-            position.stream,
-            position.created,
-            message.sequence,
-            unread.publisher,
-            unread.joined,
-            message.data,
-            message.error,
-            unread.stored_ms,
-            now_ms,
-        ),
-    )
+    before = size(writer, f"{_KEY} = (?, ?, ?)", kept.key)
+    _insert(writer, kept)
+    return Size(1 - before.messages, len(kept.data) - before.bytes)
+
+
+def tell(position: Position, message: Undecodable, more: int, state: tables.State) -> None:
+    """Say so when there are twice as many as when it was said last: there may be millions. more: how many came with
+    this one; state: with them."""
+    if more and not state.unread & (state.unread - 1):
+        log.error(
+            "message of a newer version cannot be read; it is kept until this node is upgraded",
+            extra={
+                "fields": {
+                    "stream": position.stream,
+                    "sequence": message.sequence,
+                    "error": message.error,
+                    "messages": state.unread,
+                    "bytes": state.unread_bytes,
+                }
+            },
+        )
 
 
 def _insert(writer: apsw.Connection, kept: Kept) -> None:
@@ -110,20 +137,25 @@ def _insert(writer: apsw.Connection, kept: Kept) -> None:
     )
 
 
-def _remove(writer: apsw.Connection, keys: Iterable[Key]) -> None:
+def _remove(writer: apsw.Connection, keys: Iterable[Key]) -> Size:
+    """How much that was."""
+    messages = data = 0
     for key in keys:
+        removed = size(writer, f"{_KEY} = (?, ?, ?)", key)
         writer.execute(f"DELETE FROM {tables.UNREAD} WHERE {_KEY} = (?, ?, ?)", key)
+        messages, data = messages + removed.messages, data + removed.bytes
+    return Size(messages, data)
 
 
-def _pass_over(writer: apsw.Connection, keys: Iterable[Key]) -> None:
-    """Nobody waits for them any more; they stay where messages are that nobody can read."""
+def _pass_over(writer: apsw.Connection, keys: Sequence[Key]) -> Size:
+    """Nobody waits for them any more; they stay where messages are that nobody can read. How much that was."""
     for key in keys:
         writer.execute(
             f"INSERT OR IGNORE INTO {tables.UNDECODABLE} (stream, sequence, data, error, recorded_ms)"
             f" SELECT stream, sequence, data, error, recorded_ms FROM {tables.UNREAD} WHERE {_KEY} = (?, ?, ?)",
             key,
         )
-        _remove(writer, (key,))
+    return _remove(writer, keys)
 
 
 def _keys(writer: apsw.Connection) -> list[Key]:
@@ -229,11 +261,11 @@ class Rereading:
         replica = self._replica
         if found.group is not None:
             replica.take(found.group, context, found.stored_ms + replica.tolerance_ms)
-            _remove(replica.writer, found.keys)
+            gone = _remove(replica.writer, found.keys)
         else:
             log.error("message is damaged; it is passed over", extra={"fields": {"error": found.damage}})
-            _pass_over(replica.writer, found.keys)
-        replica.completeness.count_unread()
+            gone = _pass_over(replica.writer, found.keys)
+        replica.completeness.unread_changed(-gone)
 
     def _read(self, kept: Kept) -> _Found:
         keys: tuple[Key, ...] = (kept.key,)
@@ -277,14 +309,12 @@ class Rereading:
         """Reading goes on at `position`, just before an open group: its messages come again."""
         with self._replica.transaction():
             tables.save_position(self._replica.writer, position)
-            _remove(self._replica.writer, group.keys)
-            self._replica.completeness.count_unread()
+            self._replica.completeness.unread_changed(-_remove(self._replica.writer, group.keys))
 
     def give_up(self, group: OpenGroup) -> None:
         """The other messages of an open group are gone for good."""
         with self._replica.transaction():
-            _pass_over(self._replica.writer, group.keys)
-            self._replica.completeness.count_unread()
+            self._replica.completeness.unread_changed(-_pass_over(self._replica.writer, group.keys))
 
     def finish(self) -> None:
         """This version has tried all. Messages of groups that their publisher gave up, and copies, go."""
@@ -293,6 +323,5 @@ class Rereading:
             for stream in self._streams.values():
                 for group, keys in stream.keys.items():
                     if not stream.joiner.is_open(stream.parts[group]):
-                        _remove(replica.writer, keys)
+                        replica.completeness.unread_changed(-_remove(replica.writer, keys))
             tables.set_meta(replica.writer, _READ_WITH, __version__)
-            replica.completeness.count_unread()

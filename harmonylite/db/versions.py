@@ -22,6 +22,7 @@ from harmonylite.db.rows import identity
 from harmonylite.db.schema import Schema, Table
 from harmonylite.db.sql import integer, log_table, quote, rows, version_table
 from harmonylite.db.tables import State
+from harmonylite.model import Row
 
 # No upper bound known: the server's time has not been seen since the start.
 UNBOUNDED_MS = (1 << 62) - 1
@@ -96,16 +97,20 @@ class Absorb:
 
 @dataclass(frozen=True, slots=True)
 class Absorbed:
-    """rows: log rows taken; batch: the batch their versions belong to (0: nothing was absorbed); drained: the
-    logs are empty now; tables: those that got pending rows."""
+    """rows: log rows taken; left: about how many there still are, 0: the logs are empty now; batch: the batch their
+    versions belong to (0: nothing was absorbed); tables: those that got pending rows."""
 
     rows: int
+    left: int
     batch: int
-    drained: bool
     tables: tuple[Table, ...]
 
+    @property
+    def drained(self) -> bool:
+        return not self.left
 
-NOTHING = Absorbed(0, 0, True, ())
+
+NOTHING = Absorbed(0, 0, 0, ())
 
 # Conditions in one statement (SQLite allows expressions 1000 deep).
 _TERMS = 200
@@ -185,9 +190,9 @@ class Absorber:
             floor_ms=max(state.floor_ms, newest) if whole else state.floor_ms,
             open_floor_ms=0 if whole else newest,
         )
-        drained = whole and boundary == ends
+        left = sum(end - starts[name] for name, end in ends.items()) - taken
         self.boundaries.absorbed(batch, {each.table.name: end for each, end in todo})
-        return Absorbed(taken, batch, drained, tuple(each.table for each, _ in todo)), after
+        return Absorbed(taken, left, batch, tuple(each.table for each, _ in todo)), after
 
     def _ends(self, connection: apsw.Connection) -> dict[str, int]:
         return {each.table.name: end for each in self._statements if (end := integer(connection, each.end))}
@@ -298,23 +303,52 @@ def recapture(connection: apsw.Connection, table: Table, *, node_id: int, batch:
     version it had + 1 and never at now, so that no edit made elsewhere in the meantime loses to a guess.
     Returns the number of rows that are pending because of it.
     """
+    known = recapture_versions(connection, table, "true", (), node_id=node_id, batch=batch, published=published)
+    return known + recapture_rows(connection, table, "true", (), node_id=node_id, batch=batch)
+
+
+def recapture_versions(
+    connection: apsw.Connection,
+    table: Table,
+    where: str,
+    bindings: Row,
+    *,
+    node_id: int,
+    batch: int,
+    published: int,
+) -> int:
+    """`recapture` of the rows with a version for which a condition on the version table holds, whose parameters are
+    plain question marks. What they leave behind in other batches is joined to them (I7)."""
+    version = version_table(table.name)
+    there = f"EXISTS (SELECT 1 FROM {quote(table.name)} AS r WHERE {key_match(table, 'v', 'r')})"
+    # The plus sign: through the index on batches, every pending row of the table would be read.
+    left = f"SELECT min(batch), max(batch) FROM {version} WHERE {where} AND +batch > ? AND +batch < {HELD}"
+    for low, high in rows(connection, left, (*bindings, published)):
+        if low is not None and (low, high) != (batch, batch):
+            join(connection, min(low, batch), max(high, batch))
+    seen = _SEEN_BASE.replace(":published", "?")
+    connection.execute(
+        f"UPDATE {version} AS v SET {seen}, ts = ts + 1, node = ?, rank = 0, deleted = NOT {there}, batch = ?,"
+        f" settled_ms = NULL WHERE {where} AND (deleted = 0 OR {there})",
+        (published, published, node_id, batch, *bindings),
+    )
+    return connection.changes()
+
+
+def recapture_rows(
+    connection: apsw.Connection, table: Table, where: str, bindings: Row, *, node_id: int, batch: int
+) -> int:
+    """The same for the rows without a version; the condition is on the application's table, `r`."""
     version, keys = version_table(table.name), key_columns(table)
     theirs = ", ".join(f"r.{quote(part.name)}" for part in table.key)
     present = " AND ".join(f"r.{quote(part.name)} IS NOT NULL" for part in table.key if part.nullable) or "true"
-    there = f"EXISTS (SELECT 1 FROM {quote(table.name)} AS r WHERE {key_match(table, 'v', 'r')})"
     connection.execute(
-        f"UPDATE {version} AS v SET ts = ts + 1, node = :node, rank = 0, deleted = NOT {there}, batch = :batch,"
-        f" settled_ms = NULL, {_SEEN_BASE} WHERE deleted = 0 OR {there}",
-        {"node": node_id, "batch": batch, "published": published},
-    )
-    changed = connection.changes()
-    connection.execute(
-        f"INSERT INTO {version} ({keys}, ts, node, batch) SELECT {theirs}, 1, :node, :batch"
-        f" FROM {quote(table.name)} AS r WHERE {present} AND NOT EXISTS"
+        f"INSERT INTO {version} ({keys}, ts, node, batch) SELECT {theirs}, 1, ?, ?"
+        f" FROM {quote(table.name)} AS r WHERE {where} AND {present} AND NOT EXISTS"
         f" (SELECT 1 FROM {version} AS v WHERE {key_match(table, 'v', 'r')})",
-        {"node": node_id, "batch": batch},
+        (node_id, batch, *bindings),
     )
-    return changed + connection.changes()
+    return connection.changes()
 
 
 def newest_own(connection: apsw.Connection, schema: Schema, node_id: int) -> int:

@@ -168,6 +168,8 @@ class Metrics:
         self.schema_mismatch_paused = Gauge("Tables whose received rows wait because the schema differs", 0)
         self.oversized_transactions = Counter("Transactions published in pieces, being over the limit")
         self.undecodable = Counter("Messages that could not be read; they are kept and passed")
+        self.unread_messages = Gauge("Messages of a newer version, kept until this node is upgraded", 0)
+        self.unread_bytes = Gauge("Bytes that those messages take in the database", 0)
         self.unkeyed_rows = Gauge("Rows that are not replicated because of NULL in their primary key")
         self.busy_retries = Counter("Write transactions tried again because the database was locked")
 

@@ -150,13 +150,14 @@ def judge(
     elif capture_wanted and not node.cdc_installed:
         grave.append("capture is not installed: local changes are not replicated")
     if server_keeps_dying:
-        grave.append("the bundled nats-server keeps dying")
+        # Perhaps it never lived: its program may be missing.
+        grave.append("the bundled nats-server does not run" + (f": {node.nats_error}" if node.nats_error else ""))
     grave += faults
 
     lesser = []
     if not node.nats_connected:
         since = f" since {node.offline_since}" if node.offline_since else ""
-        why = f": {node.nats_error}" if node.nats_error else ""
+        why = f": {node.nats_error}" if node.nats_error and not server_keeps_dying else ""
         lesser.append(f"offline{since}{why}")
     if node.catch_up:
         lesser.append(f"catching up: {node.catch_up}")

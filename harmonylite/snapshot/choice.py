@@ -10,7 +10,8 @@ from harmonylite.db.copy import DamagedCopyError
 from harmonylite.model import Position
 from harmonylite.snapshot.manifest import Manifest
 from harmonylite.snapshot.stores.base import CorruptSnapshot, SnapshotMissing
-from harmonylite.stream.log import LogSettings, StreamState, parse_time_ns, same_log
+from harmonylite.stream.lineage import same_log
+from harmonylite.stream.log import LogSettings, StreamState, parse_time_ns
 
 # What is wrong with one snapshot, so that another is used.
 USELESS = (CorruptSnapshot, SnapshotMissing, DamagedCopyError)
@@ -20,7 +21,9 @@ def log_knows_since_ms(positions: Iterable[Position], retention_ms: int, server_
     """Who has read the log, but nothing else, may lack deletes from before that time (server's clock).
 
     A stream begins with what nodes still had when it was made, as they fill one again that was lost; and each forgets
-    a delete `retention_ms` after the cluster had it. server_ms: now, as nothing is known of the future.
+    a delete `retention_ms` after the cluster had it. server_ms: now, as nothing is known of the future. A node that has
+    kept more does not know that, as it may have begun with a snapshot or a log of others: its manifest says too late a
+    time. That brings no delete back: who was away for longer keeps fewer rows, and has them in its conflict log.
     """
     created = [_created_ms(position) for position in positions]
     return max(0, min(max(created, default=0), server_ms) - retention_ms)

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import apsw
 
+from harmonylite import clock
 from harmonylite.db.copy import CopyCancelledError, DamagedCopyError, adopt_copy, remove_database
 from harmonylite.observe.log import Repeated
 from harmonylite.snapshot.choice import USELESS
 from harmonylite.snapshot.fetching import fetch, refuse
 from harmonylite.snapshot.link import Link
+from harmonylite.snapshot.manifest import in_order
 from harmonylite.snapshot.state import SnapshotState
 from harmonylite.snapshot.stores.base import StoreError
 from harmonylite.snapshot.stores.files import sync_directory
@@ -61,7 +63,10 @@ class Installer:
     async def _try(self, link: Link) -> float:
         """One round; how long to wait before the next one, seconds."""
         states = await link.states()
-        manifests = await link.store.list()
+        known = [state.server_ms for state in states.values() if state.server_ms is not None]
+        latest_ms = min(known, default=clock.wall_ms()) + TOLERANCE_MS
+        # Last what claims to be from the future: the server's clock was ahead when it was taken.
+        manifests = in_order(await link.store.list(), latest_ms)
         self._state.newest = manifests[0] if manifests else None
         here = self._files.downloads()
         # What was fetched, or in part, first: over a slow link there is always a newer one. The sort is stable.
@@ -72,8 +77,7 @@ class Installer:
                 path = await fetch(link, self._files, self._state, manifest)
                 self._state.catching_up = f"making the first database of snapshot {manifest.id}"
                 # Not from the future: the server's clock may have been ahead when it was taken.
-                times = [manifest.created_ms, *(state.server_ms for state in states.values() if state.server_ms)]
-                await self._install(path, min(times) + TOLERANCE_MS)
+                await self._install(path, min([manifest.created_ms, *known]) + TOLERANCE_MS)
             except USELESS as error:
                 await refuse(self._files, self._state, manifest, error)
             return 0.0

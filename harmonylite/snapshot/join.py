@@ -2,7 +2,8 @@
 
 They travel in snapshots alone. A node that has such rows merges the first snapshot that it sees, and publishes what
 that lacks; if there is none although there are other nodes, it takes one. A node without such rows merges the first
-snapshot only if that has some. After that it has joined.
+snapshot only if that has some. After that it has joined. Its own snapshot is none of those: a database that says that
+it was taken of it (a backup from before does not) has all that is in it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from harmonylite.catchup import CatchUp
 from harmonylite.engine import Engine
 from harmonylite.snapshot.keeper import SnapshotKeeper
 from harmonylite.snapshot.link import Link
-from harmonylite.snapshot.local import has_unversioned, is_joined, set_joined
+from harmonylite.snapshot.local import has_unversioned, is_joined, set_joined, taken_here
 from harmonylite.snapshot.stores.base import StoreError
 from harmonylite.snapshot.workfiles import SnapshotFailed
 from harmonylite.stream.log import LogError
@@ -57,15 +58,22 @@ class Joiner:
     async def _try(self, link: Link) -> None:
         if self._keeper.why_not() is not None:
             return
+        if await is_joined(self._engine):  # a snapshot was taken meanwhile
+            return
         manifests = await self._keeper.refresh(link)
         if not manifests and self._has_none:
             return
-        self._has_none = not await has_unversioned(self._engine)
-        if self._has_none and manifests and not any(manifest.unversioned for manifest in manifests):
+        taken = await taken_here(self._engine)
+        others = [manifest for manifest in manifests if manifest.id not in taken]
+        if len(others) < len(manifests) and not await self._keeper.to_merge(link, manifests):
             await set_joined(self._engine)
-        elif manifests and await self._catch_up.merge_another(link):
             return
-        elif not self._has_none:
+        self._has_none = not await has_unversioned(self._engine)
+        if self._has_none and manifests and not any(manifest.unversioned for manifest in others):
+            await set_joined(self._engine)
+        elif others and await self._catch_up.merge_another(link, but=taken):
+            return
+        elif not self._has_none and len(others) == len(manifests):
             nodes = await Registry(link.client, link.settings).nodes()
             if any(node.node_id != link.settings.node_id for node in nodes):
                 await self._keeper.save("rows from before the installation")

@@ -7,6 +7,7 @@ older ones removed. Whatever fails, the files beside the database are removed, t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +21,15 @@ from harmonylite.observe.log import Repeated
 from harmonylite.snapshot.choice import log_knows_since_ms
 from harmonylite.snapshot.due import APART_S, FETCHING, Due
 from harmonylite.snapshot.link import Link
-from harmonylite.snapshot.local import copy_database, has_unversioned, leaves_out, set_joined
+from harmonylite.snapshot.local import (
+    copy_database,
+    has_unversioned,
+    is_joined,
+    leaves_out,
+    note_taken,
+    set_joined,
+    taken_here,
+)
 from harmonylite.snapshot.manifest import Manifest, in_order, new_id
 from harmonylite.snapshot.retention import make_room, prune
 from harmonylite.snapshot.state import SnapshotState
@@ -229,6 +238,14 @@ class SnapshotKeeper:
             self._note_failure(error)
             raise SnapshotFailed(self._state.failure or "") from None
 
+    async def to_merge(self, link: Link, manifests: Sequence[Manifest]) -> list[Manifest]:
+        """The snapshots that this node could go on from, and that are not certain to hold nothing new for it, as they
+        were copied from this very database: another node's rows from before the installation may be in them."""
+        own = await taken_here(self._engine)
+        states = await link.states()
+        others = [each for each in manifests if each.id not in own]
+        return [each for each in others if await link.why_unusable(each, states) is None]
+
     # -- taking one
 
     async def _take(self, link: Link, reason: str) -> Manifest:
@@ -260,7 +277,9 @@ class SnapshotKeeper:
                 await remove(self._files.copy, self._files.packed)
             await self._release(link.lease)
             manifest = taken[0]
-            await set_joined(self._engine)
+            with contextlib.suppress(StoreError, LogError):  # else `join` finds out
+                if not (await is_joined(self._engine) or await self.to_merge(link, await self.refresh(link))):
+                    await set_joined(self._engine)
             self._engine.metrics.snapshots_taken.inc(1)
             self._state.failure, self._failures, self._not_before = None, 0, 0.0
             fields = {
@@ -327,6 +346,9 @@ class SnapshotKeeper:
             ),
             unversioned=with_unversioned,
         )
+        if not await is_joined(engine):
+            known = await taken_here(engine) & {each.id for each in await link.store.list()}
+            await note_taken(engine, {*known, manifest.id})
         in_use = await self._in_use(link)
         await self._upload(link, manifest, in_use)
         taken.append(manifest)

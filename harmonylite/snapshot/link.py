@@ -11,12 +11,12 @@ from harmonylite.snapshot.choice import why_unusable
 from harmonylite.snapshot.manifest import Manifest
 from harmonylite.snapshot.stores.base import SnapshotStore
 from harmonylite.stream.lease import Lease
+from harmonylite.stream.lineage import same_log
 from harmonylite.stream.log import (
     LogError,
     LogSettings,
     StreamState,
     ask_time,
-    same_log,
     stored_time_ns,
     stream_state,
 )

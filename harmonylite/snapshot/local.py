@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
@@ -145,6 +146,16 @@ async def is_joined(engine: Engine) -> bool:
 async def set_joined(engine: Engine) -> None:
     """This database was merged with a snapshot, or is one."""
     await engine.write(lambda: unversioned.set_joined(engine.replica))
+
+
+async def taken_here(engine: Engine) -> frozenset[str]:
+    """See `unversioned.taken`."""
+    return await engine.write(lambda: unversioned.taken(engine.replica))
+
+
+async def note_taken(engine: Engine, ids: Collection[str]) -> None:
+    """See `unversioned.taken`."""
+    await engine.write(lambda: unversioned.note_taken(engine.replica, ids))
 
 
 async def leaves_out(engine: Engine) -> bool:

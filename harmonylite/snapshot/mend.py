@@ -45,7 +45,8 @@ class Mender:
             await asyncio.sleep(LOOK_S)
 
     async def _mend(self, link: Link, hole: str) -> None:
-        if await self._catch_up.merge_another(link, in_step=False):
+        missed = self._engine.replica.completeness.hole_ends
+        if await self._catch_up.merge_another(link, in_step=False, missed=missed):
             if not self._engine.replica.completeness.hole:  # else the stream has passed what was fetched
                 log.info("what was missed came with a snapshot", extra={"fields": {"hole": hole}})
             return

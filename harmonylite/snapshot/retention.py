@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection
 
 from harmonylite.snapshot.manifest import Manifest, in_order
 from harmonylite.snapshot.stores.base import SnapshotStore, StoreFull
@@ -19,18 +19,12 @@ async def prune(store: SnapshotStore, retain: int, needed: Collection[str], late
     """Remove all but the newest `retain` snapshots, and torn uploads; not those that are needed: the one that was just
     stored, and those that are being fetched. What claims to be from after `latest_ms` counts as the oldest."""
     manifests = in_order(await store.list(), latest_ms)
-    kept = [each.id for index, each in enumerate(manifests) if index < retain or each.id in needed]
-    beyond = [each.id for each in manifests if each.id not in kept]
+    beyond = [each.id for each in manifests[retain:] if each.id not in needed]
     for snapshot_id in beyond:
         await store.delete(snapshot_id)
-    removed = [*beyond, *await _remove_torn(store, kept)]
+    removed = [*beyond, *await store.prune(None)]
     if removed:
         log.debug("old snapshots removed", extra={"fields": {"ids": removed}})
-
-
-async def _remove_torn(store: SnapshotStore, listed: Collection[str]) -> Sequence[str]:
-    """What is left of uploads that were given up; no snapshot, unless there are more than those listed."""
-    return await store.prune(max(len(listed), 1))
 
 
 async def make_room(
@@ -48,7 +42,7 @@ async def make_room(
     what there is of `new` is then removed, so that the store is as it was.
     """
     listed = [manifest for manifest in await store.list() if manifest.id != new.id]
-    if torn := await _remove_torn(store, [manifest.id for manifest in listed]):
+    if torn := await store.prune(None):
         log.info("what was left of torn uploads makes room for a snapshot", extra={"fields": {"ids": torn}})
         return
     manifests = in_order(listed, latest_ms)

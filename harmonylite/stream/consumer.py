@@ -18,12 +18,12 @@ from nats.aio.client import Client
 
 from harmonylite import wire
 from harmonylite.model import Delivery, Position, ReceivedGroup, Undecodable, Unread
+from harmonylite.stream.lineage import goes_on_from_empty, note_emptied, same_log
 from harmonylite.stream.log import (
     LogError,
     LogSettings,
     StreamUnavailable,
     parse_time_ns,
-    same_log,
     stored_time_ns,
     stream_state,
 )
@@ -75,6 +75,7 @@ class Consumer:
 
     is_own (Publisher.is_own) with tolerance_ms: messages of this process are passed without being decoded, unless a
     version in them lies more than the tolerance after the time they were stored at.
+    emptied: see `note_emptied`; for as long as the process runs.
     joiner makes an empty Joiner, whenever reading starts again: its limits bound what open groups hold in memory.
     """
 
@@ -87,6 +88,7 @@ class Consumer:
         *,
         is_own: IsOwn | None = None,
         tolerance_ms: int = 0,
+        emptied: dict[str, Position] | None = None,
         joiner: Callable[[], wire.Joiner] = wire.Joiner,
     ) -> None:
         self._client = client
@@ -94,6 +96,7 @@ class Consumer:
         self._stream = stream
         self._is_own = is_own
         self._tolerance_ms = tolerance_ms
+        self._emptied = {} if emptied is None else emptied
         self._new_joiner = joiner
         self._position = position
         self._session: PullSession | None = None
@@ -196,7 +199,9 @@ class Consumer:
         state = await stream_state(self._client, self._settings, self._stream)
         seen = Position(self._stream, self._position.created, self._last_sequence, self._last_ns)
         lineage = await same_log(self._client, self._settings, state, seen)
-        if not lineage.intact:
+        if lineage.intact:
+            note_emptied(self._emptied, state, seen)
+        elif self._emptied.get(self._stream) != seen or not goes_on_from_empty(state, seen):
             found = state.first_seq if state.first_seq > seen.sequence + 1 else None
             same = not seen.created or parse_time_ns(seen.created) == parse_time_ns(state.created)
             raise self._broken(found, lineage.reason, lost=found is None or not same)

@@ -1,4 +1,4 @@
-"""The JetStream log of changes: its names, its streams, and whether it is still the same log.
+"""The JetStream log of changes: its names, and its streams as the server describes them.
 
 One stream per shard; a publisher always writes to the shard that its node id hashes to. Everything here is plain
 request and reply over a connected client: the JetStream API is JSON, and reading it as such keeps what the server
@@ -25,15 +25,12 @@ import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from harmonylite.model import Position
 from harmonylite.tasks import undisturbed
 
 log = logging.getLogger(__name__)
 
 # Error codes of the server: https://github.com/nats-io/nats-server/blob/main/server/errors.json
 STREAM_NOT_FOUND = 10059
-# A direct get may be answered by a replica that has not caught up: ask again before believing "no such message".
-_LAGGING_REPLICA_WAITS_S = (0.0, 0.1, 0.5)
 # How long the consumer that tells the time lives when it cannot be deleted, and how long that may take.
 _CLOCK_CONSUMER_NS = 5_000_000_000
 _CLOCK_DELETE_S = 1.0
@@ -137,10 +134,11 @@ class StreamState:
     """A stream as the server describes it.
 
     created: RFC 3339, exactly as given; first_seq and last_seq are 0 in a stream that never held a message;
-    server_ms: the server's clock when it answered, milliseconds since 1970, None before server 2.10 (see `ask_time`);
-    round_trip_ms: how long the answer took (so that clock is off by at most that); atomic: takes atomic batches;
-    direct: answers direct gets; max_msg_size, max_bytes (of the whole stream): bytes, None for no bound of its own;
-    answered: time.monotonic() of the answer.
+    last_ns: when message last_seq was stored, also if it is gone since, nanoseconds since 1970, None if the server does
+    not say; server_ms: the server's clock when it answered, milliseconds since 1970, None before server 2.10 (see
+    `ask_time`); round_trip_ms: how long the answer took (so that clock is off by at most that); atomic: takes atomic
+    batches; direct: answers direct gets; max_msg_size, max_bytes (of the whole stream): bytes, None for no bound of its
+    own; answered: time.monotonic() of the answer.
     """
 
     name: str
@@ -155,6 +153,7 @@ class StreamState:
     direct: bool = False
     max_msg_size: int | None = None
     max_bytes: int | None = None
+    last_ns: int | None = None
     answered: float = field(default_factory=time.monotonic, compare=False)
 
     @property
@@ -165,17 +164,6 @@ class StreamState:
     def timed(self, told: ServerTime) -> StreamState:
         """The same with this as the server's time."""
         return replace(self, server_ms=told.ms, round_trip_ms=told.round_trip_ms, answered=told.answered)
-
-
-@dataclass(frozen=True, slots=True)
-class Lineage:
-    """Whether a stream is still the log that a position was taken in; `reason` says why not."""
-
-    intact: bool
-    reason: str = ""
-
-
-INTACT = Lineage(True)
 
 
 def shard_of(node_id: int, shards: int) -> int:
@@ -282,7 +270,13 @@ def state_of(name: str, info: Mapping[str, Any], round_trip_ms: float) -> Stream
         direct=bool(config.get("allow_direct", False)),
         max_msg_size=max_msg_size if max_msg_size > 0 else None,
         max_bytes=max_bytes if max_bytes > 0 else None,
+        last_ns=_time_or_none(state.get("last_ts")),
     )
+
+
+def _time_or_none(text: str | None) -> int | None:
+    """None for the year 1 as well, which is how the server says that it does not know."""
+    return time_ns if text is not None and (time_ns := parse_time_ns(text)) > 0 else None
 
 
 async def ask_time(client: Client, settings: LogSettings) -> ServerTime:
@@ -337,47 +331,3 @@ async def stored_time_ns(client: Client, settings: LogSettings, state: StreamSta
     if headers.get("Status") == "404":
         return None
     raise ApiError(f"DIRECT.GET.{state.name}", int(headers.get("Status", 0)), 0, "no time in the answer")
-
-
-def compare_lineage(state: StreamState, position: Position, found_ns: int | None) -> Lineage:
-    """The gap test: may reading go on after `position`?
-
-    `found_ns`: the time of the message now at the position's sequence, None if there is none; it only counts where
-    the stream should hold that message and the position knows its time. A log that lost its tail keeps `created` and
-    gives the same sequence numbers out again, which only this time tells.
-    """
-    if position.created and not _same_instant(position.created, state.created):
-        return Lineage(False, f"the stream was created anew at {state.created}")
-    if state.first_seq > position.sequence + 1:
-        return Lineage(False, f"messages {position.sequence + 1} to {state.first_seq - 1} were discarded")
-    if state.last_seq < position.sequence:
-        return Lineage(False, f"the stream ends at {state.last_seq}, before {position.sequence}")
-    if not _time_decides(state, position):
-        return INTACT
-    if found_ns is None:
-        return Lineage(False, f"message {position.sequence} is missing")
-    if found_ns != position.stored_ns:
-        return Lineage(False, f"message {position.sequence} is another one than before")
-    return INTACT
-
-
-def _time_decides(state: StreamState, position: Position) -> bool:
-    return position.stored_ns != 0 and 0 < state.first_seq <= position.sequence <= state.last_seq
-
-
-def _same_instant(one: str, other: str) -> bool:
-    return one == other or parse_time_ns(one) == parse_time_ns(other)
-
-
-async def same_log(client: Client, settings: LogSettings, state: StreamState, position: Position) -> Lineage:
-    """Compare a position with the stream as it is now, after every connect. Raises StreamUnavailable or ApiError."""
-    lineage = compare_lineage(state, position, position.stored_ns)
-    if not lineage.intact or not _time_decides(state, position):
-        return lineage
-    for wait_s in _LAGGING_REPLICA_WAITS_S:
-        await asyncio.sleep(wait_s)
-        found_ns = await stored_time_ns(client, settings, state, position.sequence)
-        if found_ns is not None:
-            return compare_lineage(state, position, found_ns)
-    state = await stream_state(client, settings, state.name)  # discarded since `state` was asked for?
-    return compare_lineage(state, position, None)

@@ -18,8 +18,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harmonylite.stream.credentials import SettingsError
-from harmonylite.stream.server_config import USABLE_SHARE, ServerPlan, free_bytes, plan_server, store_limit
-from harmonylite.stream.server_log import ServerLog, explain_end
+from harmonylite.stream.server_config import (
+    ASSUMED_VERSION,
+    USABLE_SHARE,
+    ServerPlan,
+    free_bytes,
+    plan_server,
+    store_limit,
+)
+from harmonylite.stream.server_log import HubLink, ServerLog, explain_end
 from harmonylite.stream.server_process import (
     NodeLock,
     StartError,
@@ -39,8 +46,6 @@ __all__ = ["BundledServer", "Pauses", "ServerState"]
 
 log = logging.getLogger(__name__)
 
-# A version that knows everything we may write, to check the settings before any program was found.
-_ASSUMED_VERSION = (2, 12, 0)
 _PORTS_POLL_S = 0.05
 _SLOW_START_S = 30.0
 # Restart for a larger store only when it is worth it: twice the limit in force.
@@ -104,7 +109,8 @@ class BundledServer:
         self._restarting = asyncio.Event()
         self._listening = asyncio.Event()
         # Known before any program was found; the supervisor makes the real one for the version it finds.
-        self._plan = plan_server(settings, _ASSUMED_VERSION, max_store=settings.max_store)
+        self._plan = plan_server(settings, ASSUMED_VERSION, max_store=settings.max_store)
+        self._link = HubLink(settings.leaf_servers)
         self._url: str | None = None
 
     @property
@@ -277,6 +283,7 @@ class BundledServer:
             await _first(self._pauses.disk_check, self._stopping.wait(), self._restarting.wait(), _done(ended))
             if ended.done() or self._stopping.is_set() or self._restarting.is_set():
                 return
+            self._follow_link(said)
             if self._state.failures and time.monotonic() - begun >= self._pauses.healthy:
                 self._change(failures=0)
             if reason := await asyncio.to_thread(self._why_restart, said, prepared):
@@ -311,7 +318,12 @@ class BundledServer:
         while data := await child.stderr.read(1 << 16):
             if said.feed(data):
                 self._change(storage_error=said.storage_error, link_error=said.link_error)
+                self._follow_link(said)
         said.end()
+
+    def _follow_link(self, said: ServerLog) -> None:
+        if self._plan.shape == "leaf":
+            self._link.follow(said)
 
     async def _end(self, child: asyncio.subprocess.Process, ended: asyncio.Task[int]) -> None:
         for sign, patience in ((signal.SIGTERM, self._pauses.stop), (signal.SIGKILL, None)):

@@ -30,6 +30,8 @@ __all__ = ["ServerPlan", "ServerSettings", "SettingsError", "plan_server", "stor
 DEFAULT_DOMAIN = "hub"
 # The name that the Go implementation gave its clusters: servers of both can meet while a fleet is being moved.
 CLUSTER_NAME = "e-harmonylite"
+# A version that knows everything we may write, to check the settings before any program was found.
+ASSUMED_VERSION = (2, 12, 0)
 OLDEST_VERSION = (2, 9, 0)
 # A leaf tells the hub is gone when two pings in a row stay unanswered: after 30 s at most. Tighter, and a large
 # upload over a slow link, behind which the ping queues, would look like a dead hub and be started over for ever.
@@ -138,6 +140,12 @@ class _Planner:
             raise SettingsError("[nats] cluster_peers needs cluster_addr, where the peers reach this node")
         if bool(settings.cert_file) != bool(settings.key_file):
             raise SettingsError("[nats] cert_file and key_file belong together: one of them is not set")
+        if settings.user_name and not settings.user_password and not self._sets(*_AUTHORIZATION):
+            # nats-server takes an empty password for one: whoever knows the name would be let in.
+            raise SettingsError(
+                "[nats] user_name is set and no password is: set user_password or user_password_file, or hand the"
+                " credential nats_user_password to the service"
+            )
         if settings.user_password.startswith("$2") and settings.user_password[3:4] == "$":
             # nats-server would take it for a bcrypt hash and then refuse the very same text from a client.
             raise SettingsError("[nats] user_password is a bcrypt hash: set the password itself")

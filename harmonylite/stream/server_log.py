@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import re
 import time
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +51,8 @@ _CRASH = re.compile(r"panic:|fatal error:|SIG[A-Z]+:")
 _LONGEST_LINE = 4096
 _REPEAT_AFTER_S = 60.0
 _MOST_REMEMBERED = 200
+# Two devices of one name push each other off the hub every second.
+_MOST_LINK_NEWS, _LINK_NEWS_S = 4, 60.0
 
 
 class ServerLog:
@@ -74,14 +78,21 @@ class ServerLog:
         self._crashed = False
         self._reported: dict[str, float] = {}
 
+    @property
+    def link_up(self) -> bool | None:
+        """Has the hub, or a peer, accepted us? None: not known yet."""
+        if self.link_error is not None:
+            return False
+        return True if self._link_was_up else None
+
     def feed(self, data: bytes) -> bool:
-        """Take a piece of output; True if storage_error or link_error changed."""
-        before = (self.storage_error, self.link_error)
+        """Take a piece of output; True if storage_error, link_error or link_up changed."""
+        before = (self.storage_error, self.link_error, self.link_up)
         *lines, self._rest = (self._rest + data).split(b"\n")
         self._rest = self._rest[:_LONGEST_LINE]
         for line in lines:
             self._line(line[:_LONGEST_LINE].decode("utf-8", "replace").rstrip())
-        return before != (self.storage_error, self.link_error)
+        return before != (self.storage_error, self.link_error, self.link_up)
 
     def end(self) -> None:
         """The output has ended: a last line may lack its line break."""
@@ -112,21 +123,22 @@ class ServerLog:
         return (logging.CRITICAL if self._crashed else logging.WARNING), line
 
     def _follow_link(self, text: str) -> bool:
-        """Our own connection to a hub or peer comes up or goes: True if it went."""
+        """Our own connection to a hub or peer comes up or goes: True if it went, and nothing else says so."""
         if match := _DIALLED.search(text):
             self._dialled, self._link_was_up, self._link_explained = match[1], False, False
         elif _LINK_UP.search(text):
             self.link_error, self._link_was_up = None, True
         elif (match := _HUNG_UP.search(text)) and match[1] == self._dialled and match[2] != "Server Shutdown":
             if self._link_explained:
-                pass
-            elif self._link_was_up:
+                return True
+            if self._link_was_up:
+                # HubLink says it.
                 self.link_error = f"the connection to the hub was lost ({match[2]})"
-            else:
-                self.link_error = (
-                    f"the hub closes each connection without a word ({match[2]}): it may want a client certificate "
-                    "or a login ([nats] cert_file, seed_file, user_name)"
-                )
+                return False
+            self.link_error = (
+                f"the hub closes each connection without a word ({match[2]}): it may want a client certificate "
+                "or a login ([nats] cert_file, seed_file, user_name)"
+            )
             return True
         return False
 
@@ -152,6 +164,38 @@ class ServerLog:
             self._reported.clear()
         self._reported[kind] = now
         return False
+
+
+class HubLink:
+    """Logs that a leaf's link to its hub came or went: one line each, a few within a minute.
+
+    hub: the addresses that are dialled. It outlives the servers: one that starts again is no news.
+    """
+
+    def __init__(self, hub: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
+        self._hub = ", ".join(hub)
+        self._clock = clock
+        self._told: bool | None = None
+        self._since = clock()
+        self._times: deque[float] = deque(maxlen=_MOST_LINK_NEWS)
+
+    def follow(self, said: ServerLog) -> None:
+        """Log what is the case if it is news. Call it now and then, too: what came too fast is told later."""
+        now = self._clock()
+        crowded = len(self._times) == _MOST_LINK_NEWS and now - self._times[0] < _LINK_NEWS_S
+        if said.link_up is None or said.link_up == self._told or crowded:
+            return
+        fields: dict[str, object] = {"hub": self._hub}
+        if said.link_up:
+            if self._told is not None:
+                fields["after_s"] = now - self._since
+            log.info("connected to the hub", extra={"fields": fields})
+        else:
+            event = "no connection to the hub" if self._told is None else "connection to the hub lost"
+            fields["error"] = said.link_error
+            log.warning(f"{event}; changes wait until it is back", extra={"fields": fields})
+        self._times.append(now)
+        self._told, self._since = said.link_up, now
 
 
 def _explain_link(text: str) -> str:

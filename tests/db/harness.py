@@ -11,6 +11,7 @@ import apsw
 
 from harmonylite import wire
 from harmonylite.db import tables
+from harmonylite.db.marking import Marking
 from harmonylite.db.outbox import OutgoingGroup
 from harmonylite.db.replica import Applied, Replica, ReplicaSettings
 from harmonylite.db.sql import version_table
@@ -144,6 +145,13 @@ class Node:
         for outgoing in sent:
             self.replica.outgoing.mark_published(outgoing.through)
         return [wire.decode_group(wire.encode_group(each.group, compress=True)) for each in sent]
+
+    def start_over(self, position: Position) -> None:
+        """Everything is pending again, and reading goes on at `position`."""
+        marking = Marking(self.replica)
+        while marking.step():
+            pass
+        marking.finish(position)
 
     def apply(self, *groups: Group, stored_ms: int | None = None, bound_ms: int | None = None) -> Applied:
         """Receive groups as the next messages of the stream; stored now, or at `stored_ms`."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from harmonylite.db import versions
-from harmonylite.db.marking import start_over
 from harmonylite.db.versions import Correction
 from harmonylite.model import Position, Version
 from tests.db.conftest import MakeNode
@@ -292,6 +291,7 @@ def test_a_step_is_added_to_what_this_boot_wrote_before_the_daemon_started(make:
     node.sql("INSERT INTO t VALUES (2, 'this boot')")
     at = node.clock.now_ms
     node.start(boot_id="two")
+    node.absorb()
     node.replica.times.shift_clock(from_ms=started, to_ms=node.clock.tick(), delta_ms=DAY_MS)
     assert (node.version("t", 1), node.version("t", 2)) == (Version(earlier, 1), Version(at + DAY_MS, 1))
 
@@ -369,6 +369,34 @@ def test_absorb_in_pieces_loses_nothing_and_joins_the_batches(make: MakeNode) ->
     [outgoing] = node.outgoing()
     assert len(outgoing.group) == versions.ABSORB_ROWS * 2 + 8
     assert not outgoing.torn
+
+
+def test_pieces_grow_with_an_application_that_never_pauses(make: MakeNode) -> None:
+    """It writes more between two pieces than a piece takes: the log would never be empty, nothing ever published."""
+    node = make(1, PLAIN)
+    size = versions.ABSORB_ROWS
+    node.sql(insert_many(size))
+    for number in range(1, 20):
+        node.sql(insert_many(2 * size, number * 2 * size))
+        if node.replica.absorbing.absorb().drained:
+            break
+    else:
+        pytest.fail("the log is never empty")
+    for number in range(20, 30):  # once it pauses, the lock is as short again
+        node.sql(insert_many(10, number * 2 * size))
+        node.replica.absorb()
+    node.sql(insert_many(3 * size, 100 * size))
+    assert node.replica.absorb() <= size
+
+
+def test_pieces_of_a_long_log_stay_small(make: MakeNode) -> None:
+    node = make(1, PLAIN)
+    node.sql(insert_many(versions.ABSORB_ROWS * 6))
+    taken = []
+    for number in range(100, 106):
+        node.sql(insert_many(versions.ABSORB_ROWS // 3, versions.ABSORB_ROWS * number))
+        taken.append(node.replica.absorb())
+    assert max(taken) <= versions.ABSORB_ROWS
 
 
 def test_apply_absorbs_a_log_of_any_length_first(make: MakeNode) -> None:
@@ -467,7 +495,7 @@ def test_a_tombstone_that_is_pending_again_starts_anew(make: MakeNode) -> None:
     node = make(1, PLAIN, tombstone_retention_ms=10 * DAY_MS)
     node.apply(deleted("t", ((7,), stamp(EPOCH_MS, 2))))
     prune_all(node, EPOCH_MS)
-    start_over(node.replica, Position(STREAM, CREATED, 0))
+    node.start_over(Position(STREAM, CREATED, 0))
     assert prune_all(node, EPOCH_MS + 20 * DAY_MS) == 0
     assert removed(node.publish(), "t") == [(7,)]
     assert prune_all(node, EPOCH_MS + 30 * DAY_MS) == 0, "settles now"

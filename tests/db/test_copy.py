@@ -10,7 +10,7 @@ import apsw
 import pytest
 
 from harmonylite.db import copy as copy_module
-from harmonylite.db import tables
+from harmonylite.db import sql, tables
 from harmonylite.db.copy import CopyCancelledError, DamagedCopyError, adopt_copy, check_copy, clean_copy, start_copy
 from harmonylite.db.replica import Replica, ReplicaSettings
 from harmonylite.model import Position
@@ -239,7 +239,7 @@ def test_a_check_reads_all_tells_how_far_it_is_and_can_be_given_up(
     make: MakeNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(copy_module, "CHECK_LOOK_S", 0.001)
-    monkeypatch.setattr(copy_module, "CHECK_STEPS", 10_000)
+    monkeypatch.setattr(sql, "STOP_STEPS", 10_000)
     node = make(1, PLAIN)
     with node.transaction():
         node.app.execute(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from harmonylite.db import evictions, unversioned, versions
-from harmonylite.db.marking import start_over
 from harmonylite.model import Position, Version
 from tests.db.conftest import MakeNode
 from tests.db.harness import CREATED, DAY_MS, STREAM, deleted, exchange, removed, stamp, written, wrote
@@ -78,7 +77,7 @@ def test_rows_that_are_only_known_are_not_published_after_a_lost_log(make: MakeN
     node = make(1, f"{SCRIPT}; INSERT INTO t VALUES (1, 'old')")
     node.apply(wrote("t", ("id", "v"), ((2, "theirs"), stamp(1000, 2))))
     node.apply(deleted("t", ((3,), stamp(0, 0, rank=1))))  # the loser of a clash, unversioned
-    start_over(node.replica, Position(STREAM, CREATED, 0))
+    node.start_over(Position(STREAM, CREATED, 0))
     groups = node.publish()
     assert [row for row, _ in written(groups, "t")] == [(2, "theirs")]
     assert removed(groups, "t") == [(3,)]

@@ -6,7 +6,6 @@ import pytest
 
 from harmonylite.db.copy import adopt_copy, start_copy
 from harmonylite.db.held import HELD
-from harmonylite.db.marking import start_over
 from harmonylite.db.outbox import OutgoingGroup
 from harmonylite.model import Position, Stamp
 from tests.db.conftest import MakeNode
@@ -272,7 +271,7 @@ def test_everything_is_published_again_but_what_is_held_stays_so(make: MakeNode)
     node.publish()
     large = commit(node, 2, 3)
     node.replica.outgoing.hold(large)
-    start_over(node.replica, Position(STREAM, CREATED, 0))
+    node.start_over(Position(STREAM, CREATED, 0))
     assert keys_of(node.outgoing()) == [[1]]
     assert keys_of(held(node)) == [[2, 3]]
 

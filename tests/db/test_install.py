@@ -46,6 +46,18 @@ def test_i3_any_table_of_ours_that_is_missing_is_rebuilt_without_loss(make: Make
     assert (3, "after") in other.rows("t")
 
 
+@pytest.mark.parametrize("change", ["", "ALTER TABLE t ADD COLUMN w"])
+def test_a_start_takes_what_was_logged_at_once_only_if_it_has_to(make: MakeNode, change: str) -> None:
+    """A long log would keep the application from its lock for seconds; while the schema is as it was, it can wait."""
+    node = make(1, PLAIN)
+    node.stop()
+    node.sql("INSERT INTO t VALUES (1, 'logged')")
+    node.sql(change)
+    node.start()
+    assert node.replica.logged() == (0 if change else 1)
+    assert len(written(node.publish(), "t")) == 1
+
+
 def test_a_lost_trigger_means_that_anything_may_have_changed(make: MakeNode) -> None:
     node = make(1, PLAIN)
     node.apply(wrote("t", IDV, *(((key, "theirs"), stamp(1000, 2)) for key in (1, 2))))
@@ -310,7 +322,7 @@ def test_a_database_that_is_not_there_is_an_error(tmp_path: Path) -> None:
 
 def said(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str, int]]:
     """(level, first word, rows) of what the installation says of tables."""
-    found = [record for record in caplog.records if record.name == "harmonylite.db.install"]
+    found = [record for record in caplog.records if record.name == "harmonylite.db.recapture"]
     return [(record.levelname, record.message.split(",")[0], vars(record)["fields"]["rows"]) for record in found]
 
 

@@ -351,20 +351,37 @@ def test_a_snapshots_row_clashes_with_a_local_one_and_the_later_wins(make: MakeN
     assert {(key, reason) for _, key, _, reason, _ in b.conflicts()} == {((1,), "unique clash"), ((4,), "unique clash")}
 
 
-@pytest.mark.parametrize("index", ["v UNIQUE", "v, UNIQUE (v)", "v); CREATE UNIQUE INDEX u ON t (v"])
-def test_no_good_row_dies_when_unique_values_have_wandered(make: MakeNode, index: str) -> None:
+@pytest.mark.parametrize(
+    "index",
+    [
+        "v UNIQUE",
+        "v, UNIQUE (v)",
+        "v); CREATE UNIQUE INDEX u ON t (v",
+        "v); CREATE UNIQUE INDEX u ON t (v) WHERE (v IS NOT NULL",
+        'v, live DEFAULT 1); CREATE UNIQUE INDEX IF NOT EXISTS [on] ON t ("v" DESC) /* ( */ WHERE t.live AND (live < 2',
+        "v); CREATE UNIQUE INDEX u ON t (lower(v)) --, (\n; SELECT (1",
+        "v); CREATE UNIQUE INDEX u ON t ((v) || ',', substr(v, 1, 99) COLLATE NOCASE ASC",
+        "v); CREATE UNIQUE INDEX u ON t (nullif(v, 'a)'), v) WHERE (length(v) BETWEEN 1 AND 99",
+        "v, g AS (v || '!')); CREATE UNIQUE INDEX u ON t (g",
+    ],
+)
+def test_no_good_row_dies_when_unique_values_have_wandered(
+    make: MakeNode, monkeypatch: pytest.MonkeyPatch, index: str
+) -> None:
     """Far apart in the key's order, so that no piece of the merge holds both; the older version would lose a clash
     with the row that held the value before."""
+    monkeypatch.setattr("harmonylite.db.merge.WINDOW_ROWS", 10)
     script = f"CREATE TABLE t (id INTEGER PRIMARY KEY, {index})"
     a, b = make(1, script), make(2, script)
     with a.transaction():
         for key in range(1_000):
-            a.app.execute("INSERT INTO t VALUES (?, ?)", (key, f"value {key}"))
+            a.app.execute("INSERT INTO t (id, v) VALUES (?, ?)", (key, f"value {key}"))
     exchange(a, b)
     # A slow clock elsewhere gave row 1 the value of row 999, after that had been given up.
-    a.apply(wrote("t", IDV, ((999, "gave up"), stamp(EPOCH_MS + 10_000, 3, base=(EPOCH_MS + 10, 1)))))
-    a.apply(wrote("t", IDV, ((1, "value 999"), stamp(EPOCH_MS + 20, 4, base=(EPOCH_MS + 10, 1)))))
-    assert dict(a.rows("t"))[1] == "value 999"
+    columns, live = (("id", "v", "live"), (1,)) if "live" in index else (IDV, ())
+    a.apply(wrote("t", columns, ((999, "gave up", *live), stamp(EPOCH_MS + 10_000, 3, base=(EPOCH_MS + 10, 1)))))
+    a.apply(wrote("t", columns, ((1, "value 999", *live), stamp(EPOCH_MS + 20, 4, base=(EPOCH_MS + 10, 1)))))
+    assert a.sql("SELECT v FROM t WHERE id = 1") == [("value 999",)]
     # And some turned by one.
     with a.transaction():
         a.app.execute("UPDATE t SET v = 'moving ' || id WHERE id BETWEEN 100 AND 120")
@@ -502,6 +519,24 @@ def test_columns_that_are_older_than_their_row_stay_so(make: MakeNode) -> None:
     for node in (a, fresh, stale, ahead, same):
         node.apply(late)
         assert node.rows("t") == [(1, "v3", "e2", "late")]
+
+
+def test_a_column_that_stayed_behind_is_no_conflict(make: MakeNode) -> None:
+    script = "CREATE TABLE t (id INTEGER PRIMARY KEY, v, w)"
+    a, b = make(1, script), make(2, script)
+    a.sql("INSERT INTO t VALUES (1, 'old', 5), (2, 'old', 5), (3, 'old', 5)")
+    exchange(a, b)
+    version = a.version("t", 1)
+    assert version is not None
+    seen = version[:2]
+    for key, value in ((1, "new"), (2, "NEW"), (3, b"new")):
+        a.apply(wrote("t", IDV, ((key, value), stamp(EPOCH_MS + 10_000, 3, base=seen))))
+    # One was changed here since, before that came.
+    b.sql("UPDATE t SET w = 6 WHERE id = 3")
+    publish(b)
+    merge(b, copy_of(a))
+    assert b.rows("t") == [(1, "new", 5), (2, "NEW", 5), (3, b"new", 6)]
+    assert [key for _, key, *_ in b.conflicts()] == [(3,)]
 
 
 def test_a_schema_that_changes_in_the_middle_starts_the_merge_again(make: MakeNode) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from harmonylite.db.marking import start_over
 from harmonylite.model import Position, Stamp
 from tests.db.conftest import MakeNode
 from tests.db.harness import CREATED, EPOCH_MS, STREAM, exchange, removed, stamp, written, wrote
@@ -261,7 +260,7 @@ def test_relayed_rows_keep_their_origin(make: MakeNode) -> None:
     a.sql("DELETE FROM t WHERE id = 2")
     exchange(a, b)
     a.stop()
-    start_over(b.replica, Position(STREAM, "another", 0))
+    b.start_over(Position(STREAM, "another", 0))
     b.received = 0
     assert b.replica.pending() == 3
     groups = b.publish()
@@ -279,7 +278,7 @@ def test_a_mark_is_dropped_when_a_newer_version_arrives(make: MakeNode) -> None:
     a, b = make(1, PLAIN), make(2, PLAIN)
     a.sql("INSERT INTO t VALUES (1, 'x')")
     exchange(a, b)
-    start_over(b.replica, Position(STREAM, CREATED, 0))
+    b.start_over(Position(STREAM, CREATED, 0))
     a.sql("UPDATE t SET v = 'newer'")
     b.apply(*a.publish())
     assert b.replica.pending() == 0
@@ -291,6 +290,6 @@ def test_a_mark_is_dropped_when_that_version_arrives(make: MakeNode) -> None:
     a.sql("DELETE FROM t WHERE id = 2")
     groups = a.publish()
     b.apply(*groups)
-    start_over(b.replica, Position(STREAM, CREATED, 0))
+    b.start_over(Position(STREAM, CREATED, 0))
     b.apply(*groups)
     assert b.replica.pending() == 0

@@ -167,6 +167,7 @@ def test_a_parked_row_is_dropped_when_it_was_beaten_while_the_daemon_was_stopped
     node.stop()
     node.sql("INSERT INTO t VALUES (1, 5)")
     node.start()
+    node.absorb()
     assert [key for _, key, _, _ in node.parked()] == [(2,)]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from harmonylite.db.marking import start_over
 from harmonylite.db.reconcile import FORGOTTEN
 from harmonylite.model import Position, Stamp, Version
 from tests.db.conftest import MakeNode
@@ -363,7 +362,7 @@ def test_what_is_marked_again_is_published_in_groups_of_bounded_size(
     for key in range(10):
         node.sql("INSERT INTO t VALUES (?, 'x')", (key,))
     node.apply(*node.publish())
-    start_over(node.replica, Position(STREAM, "another", 0))
+    node.start_over(Position(STREAM, "another", 0))
     assert [len(group) for group in node.publish()] == [3, 3, 3, 1]
 
 
@@ -378,7 +377,7 @@ def test_what_arrives_from_the_log_after_all_loses_its_mark(make: MakeNode) -> N
     node.apply(*second)
     node.sql("DELETE FROM t WHERE id = 2")
     node.apply(*node.publish())
-    start_over(node.replica, Position(STREAM, "another", 0))
+    node.start_over(Position(STREAM, "another", 0))
     node.apply(*second)
     assert removed(node.publish(), "t") == [(2,)], "the log does not have that one"
 

@@ -89,6 +89,48 @@ def test_i4_a_row_evicted_before_its_turn_is_missed(make: MakeNode, small: None)
     assert node.replica.unseen.log_vanished("t", node.vanished("t")) == 0
 
 
+@pytest.mark.parametrize("killed", [True, False], ids=["a kill", "another view"])
+def test_i4_a_row_evicted_before_its_turn_and_before_the_view_was_lost_comes_back(
+    make: MakeNode, small: None, killed: bool
+) -> None:
+    """Nobody here can know that it was there. The others have it: the node takes their next snapshot for that."""
+    a, b = make(1, TEN), make(2, TEN)
+    unversioned.set_joined(a.replica)
+    step(a, 1)
+    a.sql("REPLACE INTO t VALUES (11, 10)")
+    a.sql("UPDATE t SET v = 'else' WHERE id = 11")  # nobody else sees a clash
+    b.apply(*a.publish())
+    if killed:
+        a.crash()
+    else:
+        under_way = a.replica.unseen.stamping()
+        assert under_way is not None
+        under_way._renew_view(a.replica)
+    step(a)
+    a.absorb()
+    assert not unversioned.is_joined(a.replica)
+    assert a.rows("t") != b.rows("t")
+    merge(a, copy_of(b))
+    a.replica.unseen.log_vanished("t", a.vanished("t"))
+    for here, there in ((a, b), (b, a)):
+        there.apply(*here.publish())
+    assert a.rows("t") == b.rows("t")
+    assert (10, 10) in a.rows("t") and (11, "else") in a.rows("t")
+
+
+def test_a_start_after_all_rows_were_known_takes_no_snapshot(make: MakeNode, small: None) -> None:
+    node = make(1, TEN)
+    unversioned.set_joined(node.replica)
+    step(node)
+    node.crash()
+    step(node)
+    assert unversioned.is_joined(node.replica)
+    node.app.execute("CREATE TABLE u (id INTEGER PRIMARY KEY, v); CREATE UNIQUE INDEX j ON u (v)")
+    node.absorb()
+    step(node)
+    assert unversioned.is_joined(node.replica)
+
+
 def test_a_row_evicted_between_the_installation_and_the_first_piece_is_missed(make: MakeNode, small: None) -> None:
     node = make(1, TEN)
     node.sql("REPLACE INTO t VALUES (11, 1)")

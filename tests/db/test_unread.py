@@ -37,7 +37,10 @@ def parts(number: int, *ids: int) -> list[bytes]:
 
 
 def kept(node: Node) -> list[int]:
-    return [sequence for (sequence,) in node.query(f"SELECT sequence FROM {tables.UNREAD} ORDER BY 1")]
+    found = node.query(f"SELECT sequence, length(data) FROM {tables.UNREAD} ORDER BY 1")
+    counted = node.replica.completeness
+    assert (counted.unread_messages, counted.unread_bytes) == (len(found), sum(size for _, size in found))
+    return [sequence for sequence, _ in found]
 
 
 def read_again(node: Node) -> list[OpenGroup]:
@@ -74,6 +77,28 @@ def test_a_message_that_comes_again_is_kept_once(make: MakeNode) -> None:
     node.deliver((), [joined(2, NEWER)])
     assert kept(node) == [2]
     assert node.replica.completeness.unread_messages == 1
+
+
+def test_what_a_node_that_is_never_upgraded_keeps_is_counted_and_told(
+    make: MakeNode, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All of it is kept, whatever it takes; told each time that there is twice as much, not for every message."""
+    node = make(1, PLAIN)
+    for sequence in range(1, 8):
+        node.deliver((), [joined(sequence, NEWER + bytes(1_000_000))])
+    told = [record.fields["messages"] for record in caplog.records if hasattr(record, "fields")]
+    assert told == [1, 2, 4]
+    for _ in range(2):
+        text = node.replica.completeness.incomplete
+        assert text is not None
+        assert "7 messages" in text
+        assert text.endswith("until then they stay in its database, 7 MB by now")
+        assert kept(node) == [1, 2, 3, 4, 5, 6, 7]
+        node.crash()
+    merge(node, copy_of(make(2, PLAIN)))
+    assert len(kept(node)) == 7, "that snapshot has nothing of this stream"
+    node.replica.completeness.declare_complete()
+    assert kept(node) == []
 
 
 def test_a_number_that_the_log_gives_out_again_is_another_message(make: MakeNode) -> None:
@@ -254,6 +279,24 @@ def test_a_hole_lasts_until_a_snapshot_was_merged(make: MakeNode) -> None:
     merge(node, copy_of(other))
     assert node.replica.completeness.incomplete is None
     assert node.crash().replica.completeness.incomplete is None
+
+
+@pytest.mark.parametrize(
+    ("at", "created", "is_filled"), [(4, CREATED, False), (5, CREATED, True), (2, "2023-11-15T00:00:00Z", True)]
+)
+def test_a_hole_is_filled_by_a_snapshot_from_behind_it(make: MakeNode, at: int, created: str, is_filled: bool) -> None:
+    """In the middle of a stream: an older snapshot may be one to go on from, but not have what was missed. The node of
+    one of another log has missed nothing in that."""
+    node, other = make(1, PLAIN), make(2, PLAIN)
+    node.apply(group(1, 9))
+    other.apply(group(1, 1))
+    other.replica.move_position(Position(STREAM, created, at))
+    node.replica.completeness.note_hole("message 6 came", Position(STREAM, CREATED, 5))
+    node.crash()
+    assert node.replica.completeness.hole_ends == (Position(STREAM, CREATED, 5),)
+    merge(node, copy_of(other))
+    assert (node.replica.completeness.hole == "") == is_filled
+    assert (node.crash().replica.completeness.hole_ends == ()) == is_filled
 
 
 def test_a_snapshot_of_a_log_that_was_made_anew_says_nothing_of_the_old_one(make: MakeNode) -> None:

@@ -5,14 +5,18 @@ JetStream says nothing of it, and gives the sequence numbers out again. The node
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import time
 from pathlib import Path
 
 import pytest
 
+from harmonylite.observe.control import query
+from harmonylite.stream.log import LogSettings, StreamState, api_request, stream_state
 from tests.e2e.cluster import Node, eventually, hub_and_leaves
 from tests.e2e.writers import SCHEMA, WRITE, WriterProcess, verify, writing
+from tests.stream.logfixture import client
 
 
 def lose_tail(hub: Node, size: int) -> None:
@@ -51,6 +55,50 @@ def test_the_last_acknowledged_row_comes_back(tmp_path: Path, link_lost: bool) -
         cluster.wait_settled()
         for node in (hub, leaf, other):
             assert node.execute("SELECT id FROM item ORDER BY sequence") == [("first",), ("second",), ("third",)]
+
+
+def purge(hub: Node) -> tuple[int, int]:
+    """The log drops all that it holds; (first, last) sequence of the stream."""
+    where = query(hub.db, {"command": "snapshot-nats"})
+
+    async def ask() -> StreamState:
+        settings = LogSettings(node_id=1, domain=where["domain"])
+        async with client(where["url"]) as connection:
+            await api_request(connection, settings, f"STREAM.PURGE.{settings.own_stream}", {})
+            return await stream_state(connection, settings, settings.own_stream)
+
+    state = asyncio.run(ask())
+    return state.first_seq, state.last_seq
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tail_lost", [False, True])
+def test_what_came_in_the_place_of_a_lost_tail_is_not_missed_when_it_is_discarded_too(
+    tmp_path: Path, tail_lost: bool
+) -> None:
+    """The stream is empty then, and its next message the one after the last that the node had read. Without a loss that
+    is a quiet log like any other: nobody needs a snapshot."""
+    cluster, _ = hub_and_leaves(tmp_path, SCHEMA)
+    with cluster:
+        hub, leaf, other = cluster.start().nodes.values()
+        leaf.execute(WRITE, "first", 2, 1, "")
+        cluster.wait_settled()
+        if tail_lost:
+            hub.signal(signal.SIGSTOP)  # it would publish the second row before the third
+        leaf.execute(WRITE, "second", 2, 2, "")
+        eventually(lambda: len(other.execute("SELECT id FROM item")) == 2 and leaf.settled(), 30, "other has both")
+        other.stop()
+        if tail_lost:
+            lose_tail(hub, 8)
+            leaf.execute(WRITE, "third", 2, 3, "")
+            hub.start()
+            eventually(lambda: len(hub.execute("SELECT id FROM item")) == 3 and leaf.settled(), 30, "the hub has all")
+        assert purge(hub) == (3, 2), "else other has not stopped just there"
+        noticed = other.log_text().count("the log does not continue")
+        other.start()
+        cluster.wait_settled()
+        assert len(other.execute("SELECT id FROM item")) == (3 if tail_lost else 2)
+        assert other.log_text().count("the log does not continue") == noticed + tail_lost
 
 
 @pytest.mark.slow

@@ -269,8 +269,11 @@ def _losers_recorded(
     world: World, final: Observed, writes: dict[Place, list[RowWrite]], recorded: set[tuple[int, ...]]
 ) -> None:
     """I10: a row that nobody had seen and replaced, and that is not there, stands in a conflict log. Not where the log
-    lost a version of the row: who wrote over it says that it had seen that one, and the others never did."""
-    unseen = {change.place for received in world.server.lost for change in changes_of(received, world.tolerance_ms)}
+    lost a version of the row, or a snapshot was merged in its stead: who wrote over it says that it had seen that one,
+    and the others never did (docs/rules.md)."""
+    unseen = world.passed_over | {
+        change.place for received in world.server.lost for change in changes_of(received, world.tolerance_ms)
+    }
     for place, of_place in writes.items():
         if place in unseen:
             continue

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from harmonylite.db.held import HELD, is_held
 from harmonylite.db.outbox import OutgoingGroup
 from harmonylite.db.replica import Replica, ReplicaSettings
-from harmonylite.model import Group
+from harmonylite.model import Group, Position
 from tests.sim import catchup, reading
 from tests.sim.application import Application
 from tests.sim.history import Operation, Write
@@ -58,6 +58,8 @@ class Node(Process):
         # Whether held batches are to be tried.
         self._held_due = False
         self.news = News()
+        # Of this process: see `stream.lineage.note_emptied`.
+        self.emptied: dict[str, Position] = {}
         # Sequence numbers of own messages that were acknowledged in this session.
         self.own: set[int] = set()
         # The groups of each connection, in the order in which they were sent, whatever became of them.
@@ -124,6 +126,7 @@ class Node(Process):
             self.call(Replica.close)
             self._replica = None
             self._knows_time = False
+            self.emptied.clear()
             self._connections.clear()
             self.follow()
 
@@ -131,6 +134,7 @@ class Node(Process):
         """What the kernel does for a killed process: its files are closed, open transactions are gone."""
         self.disconnect()
         self._knows_time = False
+        self.emptied.clear()
         self.close_files()
 
     def remove(self) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from tests.sim.history import (
     Collect,
     Deliver,
+    Disconnect,
     History,
     Insert,
     Limit,
@@ -109,10 +110,31 @@ PUBLISHED_AFTER_THE_SNAPSHOT_AND_LOST = History(
     ),
 )
 
+# The log loses a message that node 1 has read, gives its number out again, and discards what came in its place, so that
+# it begins just after the number at which node 1 had stopped.
+LOST_AND_TRIMMED_TO_THE_POSITION = History(
+    nodes=3,
+    tables=("counter",),
+    steps=(
+        Write(0, (Insert("counter", (1,), (("note", "known"),), "OR REPLACE"),)),
+        Sync(0),
+        Sync(1),
+        Sync(2),
+        Disconnect(1),
+        Lose(1, False),
+        Write(2, (Insert("counter", (2,), (("note", "in its place"),), "OR REPLACE"),)),
+        Sync(2),
+        Sync(0),
+        Trim(0, 0),
+        Sync(1),
+    ),
+)
+
 REGRESSIONS = {
     "same version twice": SAME_VERSION_TWICE,
     "same version in the log": SAME_VERSION_IN_THE_LOG,
     "floor below a pending write": FLOOR_BELOW_A_PENDING_WRITE,
     "base that nobody else has": BASE_THAT_NOBODY_ELSE_HAS,
     "published after the snapshot, and lost": PUBLISHED_AFTER_THE_SNAPSHOT_AND_LOST,
+    "lost, and trimmed to the position": LOST_AND_TRIMMED_TO_THE_POSITION,
 }

@@ -7,7 +7,8 @@ from datetime import datetime, timezone
 
 from harmonylite import wire
 from harmonylite.model import Group, Position, ReceivedGroup
-from harmonylite.stream.log import Lineage, StreamState, compare_lineage
+from harmonylite.stream.lineage import Lineage, compare_lineage
+from harmonylite.stream.log import StreamState
 
 START_MS = 1_700_000_000_000
 NS = 1_000_000
@@ -25,8 +26,6 @@ class Server:
         self.firsts = [1] * shards
         self.created = [self._made() for _ in range(shards)]
         self.lost: list[ReceivedGroup] = []
-        # Sequence numbers of lost messages, each time that some were lost.
-        self._given_twice: list[list[range]] = [[] for _ in range(shards)]
         self.max_rows: int | None = None
 
     def store(self, shard: int, group: Group) -> int:
@@ -55,13 +54,8 @@ class Server:
         return Position(self.name(shard), self.created[shard], end, self._stored_ns(shard, end) or 0)
 
     def trim(self, shard: int, keep: int) -> None:
-        """All but the last `keep` messages are discarded, or fewer: where the first one that is left comes just after
-        a number that was given out twice, who stopped at that number cannot tell which message it was."""
-        first = len(self.streams[shard]) + 1 - keep
-        for twice in self._given_twice[shard]:
-            if first - 1 in twice:
-                first = twice.start
-        self.firsts[shard] = max(self.firsts[shard], first)
+        """All but the last `keep` messages are discarded."""
+        self.firsts[shard] = max(self.firsts[shard], len(self.streams[shard]) + 1 - keep)
 
     def lose(self, shard: int, count: int) -> None:
         """The last `count` messages are gone, and their numbers will be given out again. One stays of a trimmed stream:
@@ -69,7 +63,6 @@ class Server:
         stream = self.streams[shard]
         first = self.firsts[shard]
         kept = max(first if first > 1 else 0, len(stream) - count)
-        self._given_twice[shard].append(range(kept + 1, len(stream) + 1))
         self.lost += stream[kept:]
         del stream[kept:]
 
@@ -78,7 +71,6 @@ class Server:
         self.now_ms += 1
         self.lost += self.streams[shard]
         self.streams[shard] = []
-        self._given_twice[shard] = []
         self.firsts[shard] = 1
         self.created[shard] = self._made()
 
@@ -86,10 +78,13 @@ class Server:
         """As the server describes the stream."""
         last = len(self.streams[shard])
         first = self.firsts[shard] if last else 0
-        return StreamState(self.name(shard), self.created[shard], first, last, last + 1 - first, 0, self.now_ms, 0.0)
+        return StreamState(
+            *(self.name(shard), self.created[shard], first, last, last + 1 - first, 0, self.now_ms, 0.0),
+            last_ns=self._stored_ns(shard, last),
+        )
 
     def lineage(self, shard: int, position: Position) -> Lineage:
-        """Whether reading may go on after a position: the gap test (`stream.log.same_log`)."""
+        """Whether reading may go on after a position: the gap test (`stream.lineage.same_log`)."""
         return compare_lineage(self.state(shard), position, self._stored_ns(shard, position.sequence))
 
     def _stored_ns(self, shard: int, sequence: int) -> int | None:

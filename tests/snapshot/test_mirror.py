@@ -54,7 +54,7 @@ class Breakable(DirectoryStore):
         self._check()
         await super().download(manifest, path, progress)
 
-    async def prune(self, retain: int) -> Ids:
+    async def prune(self, retain: int | None) -> Ids:
         self._check()
         return await super().prune(retain)
 

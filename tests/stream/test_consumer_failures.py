@@ -122,6 +122,42 @@ def test_reading_does_not_begin_in_another_log(
         asyncio.run(scenario())
 
 
+def test_who_saw_a_stream_empty_knows_what_came_next(tmp_path: Path) -> None:
+    """Of a message that is gone nothing tells whether it was the one that was read: a process that has seen that needs
+    no snapshot when its connection was lost for a moment."""
+
+    async def scenario() -> None:
+        async with client(server.url) as connection:
+            await ensure_streams(connection, SETTINGS)
+            for number in (1, 2):
+                await store(connection, 7, whole(number, 7))
+            emptied: dict[str, Position] = {}
+            first = Consumer(connection, READER, STREAM, START, emptied=emptied)
+            assert await read_numbers(first, 2) == [1, 2]
+            await first.close()
+            assert emptied == {}
+            await api_request(connection, SETTINGS, f"STREAM.PURGE.{STREAM}", {})
+            again = Consumer(connection, READER, STREAM, first.position, emptied=emptied)
+            assert (await again.read(wait_s=0)).groups == ()
+            await again.close()
+            assert emptied == {STREAM: first.position}
+            await store(connection, 7, whole(3, 7))
+            knows = Consumer(connection, READER, STREAM, first.position, emptied=emptied)
+            assert await read_numbers(knows, 1) == [3]
+            await knows.close()
+            for state in ({}, {STREAM: replace(first.position, stored_ns=1)}):
+                with pytest.raises(GapFound, match="not known") as gap:
+                    await Consumer(connection, READER, STREAM, first.position, emptied=state).read(wait_s=5)
+                assert gap.value.lost
+            await api_request(connection, SETTINGS, f"STREAM.PURGE.{STREAM}", {})
+            await store(connection, 7, whole(4, 7))
+            with pytest.raises(GapFound, match="3 to 3 were discarded"):
+                await Consumer(connection, READER, STREAM, first.position, emptied=emptied).read(wait_s=5)
+
+    with single_server(tmp_path / "s") as server:
+        asyncio.run(scenario())
+
+
 def test_no_stream_and_no_server(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with client(server.url) as connection:

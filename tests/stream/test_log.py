@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from nats.aio.client import Client
 
 from harmonylite.model import Position
+from harmonylite.stream.lineage import compare_lineage, same_log
 from harmonylite.stream.log import (
     ApiError,
     LogSettings,
@@ -22,9 +23,7 @@ from harmonylite.stream.log import (
     StreamState,
     StreamUnavailable,
     api_request,
-    compare_lineage,
     parse_time_ns,
-    same_log,
     shard_of,
     stored_time_ns,
     stream_state,
@@ -81,8 +80,8 @@ def test_times_with_an_offset_and_nonsense() -> None:
         parse_time_ns("yesterday")
 
 
-def state(first: int, last: int, *, created: str = CREATED) -> StreamState:
-    return StreamState(STREAM, created, first, last, last - first + 1, 0, None, 0.0)
+def state(first: int, last: int, *, created: str = CREATED, last_ns: int | None = None) -> StreamState:
+    return StreamState(STREAM, created, first, last, last - first + 1, 0, None, 0.0, last_ns=last_ns)
 
 
 def position(sequence: int, *, created: str = CREATED, stored_ns: int = TIME_NS) -> Position:
@@ -94,7 +93,12 @@ def position(sequence: int, *, created: str = CREATED, stored_ns: int = TIME_NS)
     [
         (state(1, 20), position(10), TIME_NS, ""),
         (state(1, 10), position(10), TIME_NS, ""),
-        (state(11, 20), position(10), None, ""),  # discarded just up to the position: cannot be told, no message lost
+        # Discarded just up to the position: another message may have been there when it was, after some that were lost.
+        (state(11, 20, last_ns=TIME_NS), position(10), None, "not known"),
+        (state(11, 10, last_ns=TIME_NS), position(10), None, ""),  # empty, and the last one was that
+        (state(11, 10, last_ns=TIME_NS + 1), position(10), None, "another one"),
+        (state(11, 10), position(10), None, "not known"),
+        (state(11, 20), position(10, stored_ns=0), None, ""),  # put there, just before the first message
         (state(12, 20), position(10), None, "discarded"),
         (state(1, 9), position(10), None, "ends at 9"),
         (state(1, 20), position(10), TIME_NS + 1, "another one"),
@@ -107,7 +111,7 @@ def position(sequence: int, *, created: str = CREATED, stored_ns: int = TIME_NS)
         (state(1, 5), Position(STREAM, "", 0), None, ""),
         (state(3, 5), Position(STREAM, "", 0), None, "discarded"),
         (state(0, 0), position(10), None, "ends at 0"),
-        (state(21, 20), position(20), None, ""),  # purged, all of it was read
+        (state(21, 20, last_ns=TIME_NS), position(20), None, ""),  # purged, all of it was read
         (state(21, 20), position(10), None, "discarded"),
     ],
 )
@@ -220,6 +224,10 @@ def test_lineage_of_a_purged_and_of_a_recreated_stream(tmp_path: Path, name: str
             await api_request(connection, settings, f"STREAM.PURGE.{STREAM}", {})
             assert await reason(fifth) == ""
             assert "discarded" in await reason(second)
+            assert "another one" in await reason(replace(fifth, stored_ns=fifth.stored_ns + 1))
+            await connection.request(subject(7), b"x", timeout=5)
+            assert "not known" in await reason(fifth)
+            assert await reason(replace(fifth, stored_ns=0)) == ""
             await api_request(connection, settings, f"STREAM.DELETE.{STREAM}")
             await ensure_streams(connection, settings)
             assert "created anew" in await reason(fifth)

@@ -10,10 +10,10 @@ import pytest
 
 from harmonylite.model import Position
 from harmonylite.stream.consumer import Consumer
+from harmonylite.stream.lineage import same_log
 from harmonylite.stream.log import (
     StreamMissing,
     StreamUnavailable,
-    same_log,
     stored_time_ns,
     stream_state,
 )

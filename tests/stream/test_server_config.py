@@ -108,6 +108,8 @@ def test_two_nodes_and_a_lonely_cluster_address_are_warned_about(tmp_path: Path)
     ("changes", "says"),
     [
         ({"leaf_servers": ("h",), "cluster_addr": ":1", "cluster_peers": PEERS}, "exclude each other"),
+        # nats-server would let in whoever knows the name.
+        ({"user_name": "u", "leaf_listen": ":1"}, "user_name is set and no password is"),
         ({"cluster_peers": PEERS}, "cluster_addr"),
         ({"cert_file": "a"}, "belong together"),
         ({"user_name": "u", "user_password": "$2a$11$abcdefghijklmnopqrstuv"}, "bcrypt"),

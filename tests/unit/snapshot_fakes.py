@@ -24,6 +24,7 @@ from harmonylite.snapshot.stores.base import (
     Progress,
     SnapshotMissing,
     StoreFull,
+    beyond,
     no_progress,
 )
 from harmonylite.stream.lease import LeaseLost, SnapshotRequest
@@ -80,8 +81,8 @@ class Store:
         self.manifests = [each for each in self.manifests if each.id != snapshot_id]
         self.torn.discard(snapshot_id)
 
-    async def prune(self, retain: int) -> Ids:
-        gone = [manifest.id for manifest in (await self.list())[retain:]]
+    async def prune(self, retain: int | None) -> Ids:
+        gone = beyond(await self.list(), retain)
         for each in gone:
             await self.delete(each)
         gone += self.given_up
@@ -155,6 +156,8 @@ class FakeLink(Link):
     async def why_unusable(
         self, manifest: Manifest, states: dict[str, StreamState], needed: dict[str, int] | None = None
     ) -> str | None:
+        if not manifest.positions:
+            return "it knows nothing of the stream"
         [position] = manifest.positions
         if position.sequence < (needed or {}).get(STREAM, 0):
             return "too old"

@@ -690,6 +690,33 @@ def test_what_was_missed_while_snapshots_were_off_comes_with_one(
     asyncio.run(main())
 
 
+def test_a_hole_in_the_middle_is_not_mended_by_a_snapshot_from_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that the stream still continues, as the messages before the hole are there."""
+    monkeypatch.setattr(mend, "LOOK_S", 0.02)
+
+    async def main() -> None:
+        async with bench(tmp_path) as it:
+            replica = it.node.engine.replica
+            await it.snapshot(120)
+            end = Position(STREAM, CREATED, 140)
+            await it.node.engine.write(lambda: replica.completeness.note_hole("message 141 came", end))
+            await it.node.at(150)
+            running = asyncio.create_task(Mender(it.node.engine, it.catch_up, it.state).run(it.link))
+            await until(lambda: it.lease.own_wish is not None)
+            assert it.store.downloads == []
+            it.other.write(3)
+            newer = await it.snapshot(145)
+            await until(lambda: replica.completeness.incomplete is None)
+            assert it.store.downloads == [newer.id]
+            assert it.node.rows() == {3: "x"}
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(main())
+
+
 def test_what_waits_in_a_snapshot_from_the_future_is_bounded_by_now(tmp_path: Path) -> None:
     """The server's clock was ahead when the snapshot was taken; one wrong clock must not win for ever."""
 

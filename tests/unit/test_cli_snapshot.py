@@ -29,7 +29,7 @@ def config(tmp_path: Path) -> Path:
         (["save", "--id", "x"], 2, "takes no --id"),
         (["save", "--mirror"], 2, "takes no --mirror"),
         (["remove"], 2, "invalid choice"),
-        ([], 2, "required"),
+        ([], 2, "needs one of save, list, restore, for example: harmonylite snapshot save"),
         (["save"], 1, "no daemon runs"),
         (["list", "--mirror"], 1, "there is no mirror"),
         (["restore", "--to", "/nowhere/at/all.db"], 1, "no such folder"),

@@ -334,12 +334,81 @@ def test_a_database_path_that_leads_nowhere_is_one_line(tmp_path: Path, given: s
         ("[nats]\nseed_file = '/no/such.seed'", "nats.seed_file", "names /no/such.seed, and there is no such file"),
         ("[nats]\nca_file = '/no/such.pem'", "nats.ca_file", "names /no/such.pem, and there is no such file"),
         ("[nats]\nserver_config = '/no/such'", "nats.server_config", "names /no/such, and there is no such file"),
+        ("[nats]\nserver_binary = '/no/such'", "nats.server_binary", "names /no/such, and there is no such file"),
+        ("[nats]\nseed_file = '/'", "nats.seed_file", "names /, which is a directory and not a file"),
+        ("[nats]\nuser_name = 'u'", "nats.user_name", "no password is: set nats.user_password or nats.user_password_"),
+        (
+            "[snapshot]\nstore = 's3'\n[snapshot.s3]\nbucket = 'b'\naccess_key = 'k'",
+            "snapshot.s3.access_key",
+            "snapshot.s3.secret is not: set snapshot.s3.secret or snapshot.s3.secret_file, unless systemd hands s3_sec",
+        ),
+        (
+            "[snapshot]\nmirror = 's3'\n[snapshot.s3]\nbucket = 'b'\nsecret = 'hidden'",
+            "snapshot.s3.secret",
+            "snapshot.s3.access_key is not",
+        ),
+        ("[snapshot.file]\npath = '/x'", "snapshot.file.path", 'has no effect: snapshot.store is "nats", not "file"'),
+        ("[snapshot]\nenabled = false\nmirror = 's3'", "snapshot.mirror", "has no effect: snapshot.enabled is false"),
+        ("[snapshot]\ninterval = 60", "snapshot.interval", "is 60 milliseconds: for seconds write 60000"),
+        ("sleep_timeout = 30", "sleep_timeout", "is 30 milliseconds: for seconds write 30000"),
+        ("[snapshot.nats]\nreplicas = 3", "snapshot.nats.replicas", "cannot be met: 3 copies need a cluster"),
+        ("publish = false\nreplicate = false", "publish", "this node neither sends nor receives changes"),
+        ("[tables]\nexclude = ['*']", "tables.exclude", "nothing is replicated"),
+        ("[tables]\ninclude = ['a', 'b']\nexclude = ['b']", "tables.include", 'holds "b", which tables.exclude takes'),
     ],
 )
 def test_settings_without_effect_are_noted(tmp_path: Path, lines: str, key: str, message: str) -> None:
     config = load(written(tmp_path, f'db_path = "a.db"\nnode_id = 1\n{lines}\n'))
     assert [note.key for note in config.notes] == [key]
     assert message in config.notes[0].message
+
+
+@pytest.mark.parametrize(
+    ("lines", "key", "message"),
+    [
+        ("[nats]\nurls = ['nats://a,nats://b']", "nats.urls", "write them as a list, each in its own quotes"),
+        ("[nats]\nurls = ['nats://<host>:4222']", "nats.urls", "is not scheme://host:port"),
+        ("[nats]\nurls = ['nats://10.0.0.256']", "nats.urls", "whose host is not an IPv4 address"),
+        ("[nats]\nbind_address = '10.0.0.256:4222'", "nats.bind_address", "10.0.0.256 is not an IPv4 address"),
+        ("[nats]\nsubject_prefix = '$JS.API'", "nats.subject_prefix", "must be a NATS subject"),
+        ("[snapshot.s3]\nbucket = 'my bucket'", "snapshot.s3.bucket", "must be text without spaces"),
+        ("[snapshot.s3]\nendpoint = '<host>:9000'", "snapshot.s3.endpoint", "must be text without spaces"),
+    ],
+)
+def test_values_that_cannot_be_meant(tmp_path: Path, lines: str, key: str, message: str) -> None:
+    found = problems(tmp_path, f'db_path = "a.db"\nnode_id = 1\n{lines}\n')
+    assert list(found) == [key]
+    assert message in found[key]
+
+
+def test_folders_that_are_missing_here_are_told_by_line(tmp_path: Path) -> None:
+    shelf = tmp_path / "no" / "shelf"
+    text = (
+        f'node_id = 1\ndb_path = "{tmp_path}/gone/a.db"\n[snapshot]\nstore = "file"\n[snapshot.file]\npath = "{shelf}"'
+    )
+    config = load(written(tmp_path, text))
+    assert config.notes == ()  # that is for `check-config`: elsewhere it would be noise
+    database, store = configuration.remarks_here(config)
+    assert (database.key, database.line) == ("db_path", 2)
+    assert database.message.startswith(f"its directory {tmp_path}/gone does not exist on this machine: create it")
+    assert (store.key, store.line) == ("snapshot.file.path", 6)
+    assert f"{tmp_path}/no does not exist" in store.message
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "no").mkdir()  # the store makes its own folder in it
+    assert configuration.remarks_here(config) == ()
+    shelf.touch()
+    assert [note.message for note in configuration.remarks_here(config)] == [
+        f"its directory {shelf} is a file: correct snapshot.file.path"
+    ]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_this_user_may_not_write(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o555)
+    [note] = configuration.remarks_here(load(None, {"node_id": 1, "db_path": str(closed / "a.db")}))
+    assert note.key == "db_path"
+    assert f"{closed} may not be written by the user who asks" in note.message
 
 
 @pytest.mark.parametrize(

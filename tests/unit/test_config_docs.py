@@ -53,8 +53,8 @@ def test_the_examples_in_the_page_load(tmp_path: Path) -> None:
     blocks = [block for block in re.findall(r"```toml\n(.*?)```", page, re.DOTALL) if "# on each device" not in block]
     assert len(blocks) >= 3
     for block in blocks:
-        # Files that only exist on a device.
-        block = re.sub(r"^(user_password|ca)_file.*$", "", block, flags=re.MULTILINE)
+        # Files that only exist on a device, and what needs them.
+        block = re.sub(r"^(user_name|(user_password|ca)_file).*$", "", block, flags=re.MULTILINE)
         file = tmp_path / "config.toml"
         file.write_text(block if block.startswith("db_path") else f'db_path = "a.db"\n{block}')
         assert load(file, {"node_id": 1}).notes == ()

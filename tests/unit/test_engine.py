@@ -18,9 +18,11 @@ from harmonylite.clock import StepDetector
 from harmonylite.db.outbox import OutgoingGroup
 from harmonylite.db.replica import Replica, ReplicaSettings
 from harmonylite.db.schema import Schema
+from harmonylite.db.versions import ABSORB_ROWS
 from harmonylite.engine import Engine
 from harmonylite.model import Delivery, Position
 from harmonylite.observe.metrics import Metrics
+from harmonylite.pace import Pace
 from harmonylite.packing import Packed
 from harmonylite.timekeeping import Timekeeper
 
@@ -52,8 +54,8 @@ async def opened(folder: Path, timekeeper: Timekeeper | None = None, **settings:
     path = folder / "app.db"
     application = apsw.Connection(str(path))
     application.setbusytimeout(5000)
-    application.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, v TEXT)")
-    replica = Replica(path, ReplicaSettings(node_id=1, boot_id="boot", **settings))
+    application.execute("CREATE TABLE IF NOT EXISTS t (id INTEGER PRIMARY KEY, v TEXT)")
+    replica = Replica(path, ReplicaSettings(**{"node_id": 1, "boot_id": "boot", **settings}))
     engine = Engine(replica, timekeeper or Timekeeper(60_000), Metrics("h", "l"), compress=True)
     await engine.open()
     try:
@@ -97,16 +99,16 @@ def test_a_step_is_dealt_with_before_the_servers_time_is_believed(
         wall = WallClock(monkeypatch, 3 * DAY_MS)
         async with opened(tmp_path, wall.timekeeper()) as node:
             if corrected:
-                await node.engine.server_time(wall.true_ms(), 1)
+                await node.engine.correcting.server_time(wall.true_ms(), 1)
                 assert abs(node.engine.time.correction.delta_ms - 3 * DAY_MS) < SLACK_MS
             node.insert(1, age_ms=3 * DAY_MS)
             if corrected:
                 await node.engine.absorb()
             wall.behind_ms = 0
-            await node.engine.server_time(wall.true_ms(), 1)
+            await node.engine.correcting.server_time(wall.true_ms(), 1)
             (sent,) = await node.engine.take_outgoing(0)
             assert abs(wall.true_ms() - sent.newest_ms) < SLACK_MS
-            await node.engine.check_clock()
+            await node.engine.correcting.check_clock()
             assert node.version_ms() == sent.newest_ms
             assert node.engine.time.correction.delta_ms == 0
 
@@ -120,7 +122,7 @@ def test_a_correction_holds_only_once_the_shift_is_committed(tmp_path: Path, mon
             node.insert(1, age_ms=3 * DAY_MS)
             await node.engine.absorb()
             node.application.execute("BEGIN IMMEDIATE")
-            connecting = asyncio.create_task(node.engine.server_time(wall.true_ms(), 1))
+            connecting = asyncio.create_task(node.engine.correcting.server_time(wall.true_ms(), 1))
             while not node.engine.last_error:
                 await asyncio.sleep(0.01)
             connecting.cancel()  # the connection is lost again
@@ -128,7 +130,7 @@ def test_a_correction_holds_only_once_the_shift_is_committed(tmp_path: Path, mon
             assert node.engine.time.correction.delta_ms == 0
             assert node.engine.time.server.now_ms() is None
             node.application.execute("COMMIT")
-            await node.engine.server_time(wall.true_ms(), 1)
+            await node.engine.correcting.server_time(wall.true_ms(), 1)
             assert abs(wall.true_ms() - node.version_ms()) < SLACK_MS
 
     run(test())
@@ -143,14 +145,53 @@ def test_a_step_is_not_forgotten_when_nobody_waits_for_its_correction(
             node.insert(1, age_ms=3 * DAY_MS)
             wall.behind_ms = 0
             node.application.execute("BEGIN IMMEDIATE")
-            connecting = asyncio.create_task(node.engine.server_time(wall.true_ms(), 1))
+            connecting = asyncio.create_task(node.engine.correcting.server_time(wall.true_ms(), 1))
             while not node.engine.last_error:
                 await asyncio.sleep(0.01)
             connecting.cancel()
             await asyncio.gather(connecting, return_exceptions=True)
             node.application.execute("COMMIT")
-            await node.engine.check_clock()
+            await node.engine.correcting.check_clock()
             assert abs(wall.true_ms() - node.version_ms()) < SLACK_MS
+
+    run(test())
+
+
+def test_all_that_a_corrected_clock_logged_is_absorbed_before_it_was_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than one transaction takes: the rest would go by the clock as it is now, and be bounded only."""
+
+    async def test() -> None:
+        wall = WallClock(monkeypatch, -3 * DAY_MS)
+        async with opened(tmp_path, wall.timekeeper()) as node:
+            await node.engine.correcting.server_time(wall.true_ms(), 1)
+            node.insert(1, 2 * ABSORB_ROWS + 1, age_ms=-3 * DAY_MS)
+            wall.behind_ms = 0
+            await node.engine.correcting.check_clock()
+            await node.engine.absorb_all()
+            assert abs(wall.true_ms() - node.version_ms()) < SLACK_MS
+
+    run(test())
+
+
+def test_what_another_boot_logged_is_not_corrected_with_this_ones_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon was off while the application wrote by a good clock; the next boot's clock is days behind."""
+
+    async def test() -> None:
+        async with opened(tmp_path):
+            pass
+        written = clock.wall_ms() - 4 * DAY_MS
+        with contextlib.closing(apsw.Connection(str(tmp_path / "app.db"))) as application:
+            application.execute("INSERT INTO t VALUES (1, 'x')")
+            application.execute("UPDATE __harmonylite__t_change_log SET ts = ?", (written,))
+        wall = WallClock(monkeypatch, 3 * DAY_MS)
+        async with opened(tmp_path, wall.timekeeper(), boot_id="the next") as node:
+            await node.engine.correcting.server_time(wall.true_ms(), 1)
+            assert abs(node.engine.time.correction.delta_ms - 3 * DAY_MS) < SLACK_MS
+            assert abs(node.version_ms() - written) < SLACK_MS
 
     run(test())
 
@@ -263,6 +304,39 @@ def test_a_position_that_was_only_noted_is_where_the_next_session_begins(tmp_pat
 
 
 # -- the schema
+
+
+def test_the_lock_is_free_between_the_pieces_when_everything_is_published_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An application whose writes do not wait gets its turn before the next piece."""
+
+    async def main() -> None:
+        monkeypatch.setattr("harmonylite.db.marking.MARK_ROWS", 20)
+        async with opened(tmp_path) as node:
+            node.insert(1, 200)
+            while packed := await node.engine.take_outgoing(0):
+                for each in packed:
+                    await node.engine.published(each)
+            await node.engine.release()
+            assert await node.engine.pending() == 0
+            pieces = 0
+            node.application.setbusytimeout(0)
+
+            class Interleaved(Pace):
+                async def leave_free(self) -> None:
+                    nonlocal pieces
+                    pieces += 1
+                    node.application.execute("INSERT INTO t VALUES (?, 'meanwhile')", (1_000 + pieces,))
+
+            node.engine.pace = Interleaved()
+            await node.engine.start_over(Position("s", "c", 9, 9))
+            assert pieces > 10
+            assert await node.engine.position("s") == Position("s", "c", 9, 9)
+            assert await node.engine.absorb_all() == pieces
+            assert await node.engine.pending() == 200 + pieces
+
+    run(main())
 
 
 def test_counts_follow_a_table_that_was_dropped(tmp_path: Path) -> None:

@@ -6,12 +6,15 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import apsw
 import pytest
+import zstandard
 
+from harmonylite import clock
 from harmonylite.catchup import CatchUp
 from harmonylite.config.model import Snapshot as Config
 from harmonylite.db import unversioned
@@ -298,6 +301,55 @@ def test_a_damaged_snapshot_makes_no_database(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def spoil_stored(stored: Path, manifest: Manifest) -> Manifest:
+    stored.write_bytes(stored.read_bytes()[:-100])
+    return manifest
+
+
+def spoil_content(stored: Path, manifest: Manifest) -> Manifest:
+    """Its digest fits, as it was taken of a database that was damaged."""
+    content = bytearray(zstandard.ZstdDecompressor().decompressobj().decompress(stored.read_bytes()))
+    content[-4096:] = b"?" * 4096
+    stored.write_bytes(zstandard.ZstdCompressor().compress(bytes(content)))
+    return manifest
+
+
+def spoil_date(stored: Path, manifest: Manifest) -> Manifest:
+    """Good otherwise."""
+    return replace(manifest, created_ms=manifest.created_ms + 30 * 86_400_000)
+
+
+@pytest.mark.parametrize("spoil", [spoil_stored, spoil_content, spoil_date])
+@pytest.mark.parametrize("server_knows", [True, False])
+def test_the_next_older_snapshot_is_used_when_the_newest_is_not_to_be_believed(
+    tmp_path: Path, spoil: Callable[[Path, Manifest], Manifest], server_knows: bool
+) -> None:
+    async def main() -> None:
+        async with opened(tmp_path / "one") as node:
+            bench = Bench(tmp_path)
+            now_ms = clock.wall_ms() if server_knows else None
+            bench.link = FakeLink(bench.store, bench.lease, lambda: replace(stream(1, 200), server_ms=now_ms))
+            for key in (1, 2, 3):
+                node.write(key)
+                await bench.fill(node)
+            # Ids have seconds.
+            old, good, newest = bench.store.manifests
+            bench.store.manifests = [
+                replace(old, created_ms=old.created_ms - 3_600_000),
+                replace(good, created_ms=good.created_ms - 60_000),
+                spoil(bench.store.folder / newest.id, newest),
+            ]
+            await asyncio.wait_for(bench.installer.run(bench.link), 10)
+        assert query(bench.db, "SELECT id FROM t ORDER BY id") == [(1,), (2,)]
+        assert query(bench.db, "PRAGMA integrity_check") == [("ok",)]
+        assert bench.files() == ["app.db"]
+        assert bench.store.downloads == ([good.id] if spoil is spoil_date else [newest.id, good.id])
+        assert bench.installer._state.newest is not None
+        assert bench.installer._state.newest.id == (good.id if spoil is spoil_date else newest.id)
+
+    asyncio.run(main())
+
+
 def test_rows_without_a_version_are_found(tmp_path: Path) -> None:
     """Whatever the key; rows that cannot be replicated do not count."""
     (tmp_path / "app").mkdir()
@@ -356,6 +408,110 @@ def test_a_snapshot_with_rows_from_before_is_merged_once(tmp_path: Path) -> None
             assert bench.store.downloads == [manifest.id]
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+def write_before(node: Node, key: int, text: str) -> None:
+    """A row from before the installation."""
+    node.write(key, text=text)
+    node.application.execute("DELETE FROM __harmonylite__t_change_log")
+
+
+def joining(node: Node, link: FakeLink) -> asyncio.Task[None]:
+    state = SnapshotState("nats")
+    taker = keeper(node, state)
+    taker._link = link
+    return asyncio.create_task(Joiner(node.engine, taker, CatchUp(node.engine, WorkFiles(node.path), state)).run(link))
+
+
+async def stopped(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def test_a_node_does_not_fetch_the_snapshot_that_it_has_taken_itself(tmp_path: Path) -> None:
+    """Killed after it was stored, before the node had noted that it has joined."""
+
+    async def main() -> None:
+        async with opened(tmp_path / "one", 1) as one:
+            write_before(one, 5, "from before")
+            bench = Bench(tmp_path)
+            await bench.fill(one)
+            assert await is_joined(one.engine)
+            one.application.execute("DELETE FROM __harmonylite__meta WHERE name = 'joined'")
+            running = joining(one, bench.link)
+            while not await is_joined(one.engine):
+                assert not running.done()
+                await asyncio.sleep(0.01)
+            assert bench.store.downloads == []
+            await stopped(running)
+
+    asyncio.run(main())
+
+
+def test_a_snapshot_that_is_taken_while_a_node_waits_to_join_is_not_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        monkeypatch.setattr(join, "EARLY_S", 0.5)
+        async with opened(tmp_path / "one", 1) as one:
+            write_before(one, 5, "from before")
+            bench = Bench(tmp_path)
+            running = joining(one, bench.link)
+            await asyncio.sleep(0.01)
+            await bench.fill(one)
+            await asyncio.sleep(0.7)
+            assert await is_joined(one.engine) and bench.store.downloads == []
+            await stopped(running)
+
+    asyncio.run(main())
+
+
+def test_a_restored_database_fetches_the_snapshot_that_it_has_taken_itself(tmp_path: Path) -> None:
+    """What is in it came after the backup."""
+
+    async def main() -> None:
+        bench = Bench(tmp_path)
+        (tmp_path / "backup").mkdir()
+        async with opened(tmp_path / "one", 1) as one:
+            write_before(one, 5, "from before")
+            one.application.execute("VACUUM INTO ?", (str(tmp_path / "backup" / "app.db"),))
+            write_before(one, 6, "after the backup")
+            await bench.fill(one)
+        async with opened(tmp_path / "backup", 1) as one:
+            await one.at(120)
+            running = joining(one, bench.link)
+            while not await is_joined(one.engine):
+                assert not running.done()
+                await asyncio.sleep(0.01)
+            assert one.rows() == {5: "from before", 6: "after the backup"}
+            await stopped(running)
+
+    asyncio.run(main())
+
+
+def test_a_node_that_takes_a_snapshot_first_still_joins_with_another_s(tmp_path: Path) -> None:
+    """Else neither would ever get the other's rows from before the installation: both had joined."""
+
+    async def main() -> None:
+        async with opened(tmp_path / "one", 1) as one, opened(tmp_path / "two", 2) as two:
+            write_before(one, 1, "of one")
+            write_before(two, 2, "of two")
+            bench = Bench(tmp_path)
+            await bench.fill(one)
+            [first] = bench.store.manifests
+            for _ in range(2):
+                await bench.fill(two)
+            assert not await is_joined(two.engine)
+            running = joining(two, bench.link)
+            while not await is_joined(two.engine):
+                assert not running.done()
+                await asyncio.sleep(0.01)
+            assert bench.store.downloads == [first.id]
+            assert two.rows() == {1: "of one", 2: "of two"}
+            assert await two.engine.pending() == 1
+            await stopped(running)
 
     asyncio.run(main())
 

@@ -96,11 +96,11 @@ def test_unhealthy_when_capture_is_not_installed_although_wanted() -> None:
     assert judge(bare, capture_wanted=False).status == "healthy"
 
 
-def test_unhealthy_when_the_bundled_server_keeps_dying() -> None:
-    judged = judge(OFFLINE, server_keeps_dying=True)
+def test_unhealthy_when_the_bundled_server_does_not_run() -> None:
+    judged = judge(replace(OFFLINE, nats_error="no nats-server found: install one"), server_keeps_dying=True)
     assert judged.status == "unhealthy"
-    assert judged.reasons[0] == "the bundled nats-server keeps dying"
-    assert judged.reasons[1].startswith("offline since")
+    assert judged.reasons[0] == "the bundled nats-server does not run: no nats-server found: install one"
+    assert judged.reasons[1].startswith("offline since") and "found" not in judged.reasons[1]  # said once
 
 
 def test_faults_outweigh_concerns() -> None:

@@ -12,7 +12,8 @@ import pytest
 from harmonylite import rereading, wire
 from harmonylite.model import Delivery, Group, Position, Stamp, TableChanges, Undecodable, Unread
 from harmonylite.rereading import read_again
-from harmonylite.stream.log import INTACT, Lineage, LogSettings
+from harmonylite.stream.lineage import INTACT, Lineage
+from harmonylite.stream.log import LogSettings
 from tests.unit.snapshot_fakes import CREATED, STREAM, Node, opened, stream
 
 NOW_MS = 1_700_000_000_000

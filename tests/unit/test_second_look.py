@@ -16,7 +16,7 @@ import apsw
 import pytest
 
 from harmonylite import clock, second_look
-from harmonylite.db import evictions, stamping
+from harmonylite.db import evictions, sql
 from harmonylite.db.replica import Replica, ReplicaSettings
 from harmonylite.engine import Engine
 from harmonylite.observe.metrics import Metrics
@@ -233,7 +233,7 @@ def test_cancelled_it_goes_on_where_it_was(tmp_path: Path) -> None:
 
 def test_a_stop_does_not_wait_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is missing: what looks for it goes through all of the table in one go."""
-    monkeypatch.setattr(stamping, "STOP_STEPS", 1_000)
+    monkeypatch.setattr(sql, "STOP_STEPS", 1_000)
 
     async def test() -> None:
         async with opened(tmp_path, 200_000) as node:

@@ -64,9 +64,9 @@ class Database:
     incomplete: str | None = None
     unread_messages = 0
 
-    def note_hole(self, text: str) -> None:
+    def note_hole(self, text: str, end: Position) -> None:
         self.incomplete = text
-        self.events.append("hole noted")
+        self.events.append(f"hole noted up to {end.sequence}")
 
     async def start_over(self, position: Position) -> None:
         self.events.append(f"started over at {position.sequence}")
@@ -379,7 +379,7 @@ def test_without_snapshots_everything_is_published_again_and_the_hole_is_told(
         made = session(database)
         position = await made._bridge(GapFound(OWN, 11, 50, "messages 11 to 49 were discarded"))
         assert position.sequence == 49
-        assert database.events[-2:] == ["hole noted", "started over at 49"], "known even if killed in between"
+        assert database.events[-2:] == ["hole noted up to 49", "started over at 49"], "known even if killed in between"
         assert database.incomplete is not None
         assert "11 to 49" in database.incomplete
 

@@ -50,6 +50,11 @@ def no_progress(done: int, total: int) -> None:
     """For who does not want to know."""
 
 
+def beyond(manifests: Manifests, retain: int | None) -> Ids:
+    """Of those, newest first, the ones that `prune` removes."""
+    return [] if retain is None else [manifest.id for manifest in manifests[retain:]]
+
+
 class SnapshotStore(Protocol):
     """One place that keeps snapshots.
 
@@ -75,8 +80,9 @@ class SnapshotStore(Protocol):
     async def delete(self, snapshot_id: str) -> None:
         """Remove a snapshot; nothing happens if there is none."""
 
-    async def prune(self, retain: int) -> Ids:
-        """Remove all but the newest `retain`, and what is left of uploads that were given up. The removed ids."""
+    async def prune(self, retain: int | None) -> Ids:
+        """Remove all but the newest `retain`, and what is left of uploads that were given up; None: only that, as the
+        place may have got another snapshot since it was counted. The removed ids."""
 
     async def mirror(self, folder: Path, progress: Progress = no_progress) -> Ids:
         """Bring the second store, if there is one, level (see MirroredStore); the ids copied.

@@ -22,6 +22,7 @@ from harmonylite.snapshot.stores.base import (
     Progress,
     SnapshotMissing,
     StoreRefused,
+    beyond,
     no_progress,
 )
 from harmonylite.snapshot.stores.files import (
@@ -76,7 +77,7 @@ class DirectoryStore:
         """See SnapshotStore."""
         await in_thread(lambda beat: self._delete(snapshot_id), where=self._folder)
 
-    async def prune(self, retain: int) -> Ids:
+    async def prune(self, retain: int | None) -> Ids:
         """See SnapshotStore."""
         return await in_thread(lambda beat: self._prune(retain, beat), where=self._folder)
 
@@ -154,10 +155,10 @@ class DirectoryStore:
         for file in (described, stored, _part(described), _part(stored)):
             file.unlink(missing_ok=True)
 
-    def _prune(self, retain: int, beat: Beat) -> Ids:
+    def _prune(self, retain: int | None, beat: Beat) -> Ids:
         if not self._folder.is_dir():
             return []
-        removed = [*(manifest.id for manifest in self._list(beat)[retain:]), *self._torn(beat)]
+        removed = [*beyond(self._list(beat), retain), *self._torn(beat)]
         for snapshot_id in removed:
             self._delete(snapshot_id)
         return removed

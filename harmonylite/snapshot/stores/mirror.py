@@ -92,7 +92,7 @@ class MirroredStore:
         """From the first store."""
         await self._first.delete(snapshot_id)
 
-    async def prune(self, retain: int) -> Ids:
+    async def prune(self, retain: int | None) -> Ids:
         """The first store."""
         return await self._first.prune(retain)
 
@@ -113,7 +113,7 @@ class MirroredStore:
                 copied.append(manifest.id)
         for manifest in in_order(await self._second.list(), latest_ms)[self._retain :]:
             await self._second.delete(manifest.id)
-        await self._second.prune(self._retain)
+        await self._second.prune(None)
         return copied
 
     async def close(self) -> None:

@@ -23,6 +23,7 @@ from harmonylite.snapshot.stores.base import (
     StoreFull,
     StoreRefused,
     StoreUnavailable,
+    beyond,
     no_progress,
 )
 from harmonylite.snapshot.stores.chunks import CHUNK_BYTES, PIECE_CHUNKS, ChunkName, ChunkStream, Stored
@@ -110,11 +111,11 @@ class NatsStore:
         if await self._stream.exists():
             await self._remove(snapshot_id)
 
-    async def prune(self, retain: int) -> Ids:
+    async def prune(self, retain: int | None) -> Ids:
         """See SnapshotStore."""
         if not await self._stream.exists():
             return []
-        removed = [manifest.id for manifest in (await self.list())[retain:]]
+        removed = beyond(await self.list(), retain)
         for snapshot_id in removed:
             await self._remove(snapshot_id)
         return removed + await self._remove_torn()

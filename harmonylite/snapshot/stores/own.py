@@ -10,7 +10,7 @@ import logging
 from pathlib import Path
 
 from harmonylite.snapshot.manifest import Manifest
-from harmonylite.snapshot.stores.base import Ids, Manifests, Progress, SnapshotStore, no_progress
+from harmonylite.snapshot.stores.base import Ids, Manifests, Progress, SnapshotStore, beyond, no_progress
 
 log = logging.getLogger(__name__)
 
@@ -41,16 +41,12 @@ class OwnSnapshots:
         """See SnapshotStore."""
         await self._store.delete(snapshot_id)
 
-    async def prune(self, retain: int) -> Ids:
+    async def prune(self, retain: int | None) -> Ids:
         """See SnapshotStore; what is left of uploads that were given up goes whosever it is."""
-        everything = await self._store.list()
-        own = self._own(everything)
-        if len(own) == len(everything):
-            return await self._store.prune(retain)
-        removed = [manifest.id for manifest in own[retain:]]
+        removed = [] if retain is None else beyond(await self.list(), retain)
         for snapshot_id in removed:
             await self._store.delete(snapshot_id)
-        return [*removed, *await self._store.prune(len(everything) - len(removed))]
+        return [*removed, *await self._store.prune(None)]
 
     async def mirror(self, folder: Path, progress: Progress = no_progress) -> Ids:
         """See SnapshotStore."""

@@ -96,7 +96,7 @@ class S3Store:
             raise StoreRefused(f"{snapshot_id!r} is not the id of a snapshot")
         await self._ask({"operation": "delete", "id": snapshot_id})
 
-    async def prune(self, retain: int) -> Ids:
+    async def prune(self, retain: int | None) -> Ids:
         """See SnapshotStore."""
         answer = await self._ask({"operation": "prune", "retain": retain, "abandoned_s": self._limits.abandoned_s})
         return [str(snapshot_id) for snapshot_id in answer or ()]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from harmonylite.snapshot.manifest import BadManifest, Manifest, is_id
-from harmonylite.snapshot.stores.base import CorruptSnapshot, Ids, Manifests, SnapshotMissing
+from harmonylite.snapshot.stores.base import CorruptSnapshot, Ids, Manifests, SnapshotMissing, beyond
 from harmonylite.snapshot.stores.directory import MANIFEST_SUFFIX, OBJECT_SUFFIX
 from harmonylite.snapshot.stores.files import file_error
 from harmonylite.snapshot.stores.s3_bucket import Bucket, Found, Part, Upload, Window
@@ -81,10 +81,10 @@ class Service:
         for upload in self._bucket.uploads(snapshot_id):
             self._bucket.abort(upload)
 
-    def prune(self, retain: int, abandoned_s: float) -> Ids:
-        """Remove all but the newest `retain`, and uploads that were given up. The removed ids."""
+    def prune(self, retain: int | None, abandoned_s: float) -> Ids:
+        """See SnapshotStore."""
         objects = self._bucket.objects()
-        removed = [manifest.id for manifest in self._complete(objects)[retain:]]
+        removed = beyond(self._complete(objects), retain)
         for name, found in objects.items():
             snapshot_id = _id_of(name, OBJECT_SUFFIX)
             orphan = snapshot_id and snapshot_id + MANIFEST_SUFFIX not in objects

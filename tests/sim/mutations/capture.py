@@ -79,11 +79,9 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "also those that were removed while the daemon did not run",
         (
-            Edit(
-                "harmonylite.db.install:_absorb_leftovers",
-                "if all(",
-                "if False and all(",
-            ),
+            Edit("harmonylite.db.install:_absorb_leftovers", "if all(", "if False and all("),
+            # Else only where the schema changed in the same moment.
+            Edit("harmonylite.db.install:install", "if moved or lost_logs", "if True or moved or lost_logs"),
         ),
         tables=_DROPPABLE,
     ),

@@ -21,10 +21,10 @@ from tests.sim.history import (
     Write,
 )
 from tests.sim.mutations.steps import row
-from tests.sim.regressions import PUBLISHED_AFTER_THE_SNAPSHOT_AND_LOST
+from tests.sim.regressions import LOST_AND_TRIMMED_TO_THE_POSITION, PUBLISHED_AFTER_THE_SNAPSHOT_AND_LOST
 
 _MARK = "harmonylite.db.marking:Marking._mark"
-_GAP = "harmonylite.stream.log:compare_lineage"
+_GAP = "harmonylite.stream.lineage:compare_lineage"
 _VERSIONED = "AND (ts > 0 OR rank > 0)"
 
 
@@ -48,14 +48,17 @@ _SAME_NUMBER = _history(
     Write(0, (row(1, "lost"),)), Sync(0), Sync(1), Lose(1), Write(2, (row(2, "in its place"),)), Sync(2)
 )
 
-# A stream that was made anew begins just after the number at which node 1 had stopped in the old one.
-_MADE_ANEW = _history(
+# And that is discarded, too; what came next is the first that is left.
+_GONE = _history(
     Disconnect(1),
-    Lose(0, recreate=True),
-    Write(2, (row(2, "in the new stream"),)),
+    Lose(1),
+    Write(2, (row(2, "in its place"),)),
     Sync(2),
     Sync(0),
     Trim(0, 0),
+    Write(2, (row(3, "next"),)),
+    Sync(2),
+    Sync(1),
     before=(row(1, "known"),),
 )
 
@@ -121,9 +124,14 @@ MUTATIONS: tuple[Mutation, ...] = (
         first=(_SAME_NUMBER,),
     ),
     Mutation(
-        "lineage: a stream that was made anew is another log",
-        (Edit(_GAP, "if position.created and not _same_instant(position.created, state.created):", "if False:"),),
-        first=(_MADE_ANEW,),
+        "lineage: nothing tells that of a message that is gone",
+        (Edit(_GAP, "if _is_just_gone(state, position):", "if False:"),),
+        first=(_GONE,),
+    ),
+    Mutation(
+        "lineage: but of the last one, which was discarded without another after it",
+        (Edit(_GAP, "found_ns = state.last_ns", "found_ns = position.stored_ns"),),
+        first=(LOST_AND_TRIMMED_TO_THE_POSITION,),
     ),
     Mutation(
         "I3: a group counts as published once its node has read it back, not when it is acknowledged",
@@ -187,7 +195,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "the position moves last: who is killed while marking marks the rest",
         (
             Edit(
-                "tests.sim.catchup:_refill",
+                "tests.sim.catchup:refill",
                 "marks = ",
                 "node.call(Replica.move_position, position); marks = ",
             ),

@@ -26,6 +26,7 @@ from tests.sim.mutations.refilling import DELETED_HERE, NEWER_HERE, UNKNOWN_THER
 from tests.sim.mutations.steps import KNOWN, mail, row
 
 _MERGER = "harmonylite.db.merge:Merger"
+_GAP = "harmonylite.stream.lineage:compare_lineage"
 _ARRIVE = "harmonylite.db.completeness:Completeness.arrive"
 _TAKE = "harmonylite.db.reconcile:take"
 _MARK = "harmonylite.db.reconcile:_mark"
@@ -135,23 +136,34 @@ _KILLED = tuple(
     for statement in range(10, 80, 3)
 )
 
-# A value wandered from a row to another one, which is older than the first one was here.
-_WANDERED = History(
-    nodes=3,
-    tables=("one_unique",),
-    offsets=(0, 50_000, 0),
-    steps=(
-        Write(1, (mail(4, "a"),)),
-        Sync(1),
-        Sync(0),
-        Sync(2),
-        Disconnect(1),
-        Write(0, (mail(2, "b"), mail(3, "c"), Update("one_unique", (4,), (("email", None),)), mail(1, "a"))),
-        Sync(0),
-        Sync(2),
-        Trim(0, 0),
-    ),
-)
+
+def _wandered(table: str) -> History:
+    """A value wandered from a row to another one, which is older than the first one was here."""
+    return History(
+        nodes=3,
+        tables=(table,),
+        offsets=(0, 50_000, 0),
+        steps=(
+            Write(1, (mail(4, "a", table),)),
+            Sync(1),
+            Sync(0),
+            Sync(2),
+            Disconnect(1),
+            Write(
+                0,
+                (
+                    mail(2, "b", table),
+                    mail(3, "c", table),
+                    Update(table, (4,), (("email", None),)),
+                    mail(1, "a", table),
+                ),
+            ),
+            Sync(0),
+            Sync(2),
+            Trim(0, 0),
+        ),
+    )
+
 
 # Each node has rows from before the installation, one of them the same key with another content.
 _OWN_ROWS = History(
@@ -227,7 +239,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     # which one, and where reading goes on
     Mutation(
         "I3: a trimmed log is noticed",
-        (Edit("harmonylite.stream.log:compare_lineage", "if state.first_seq > position.sequence + 1:", "if False:"),),
+        (Edit(_GAP, "if state.first_seq > position.sequence + 1:", "if False:"),),
         first=(_TRIMMED,),
     ),
     Mutation(
@@ -283,7 +295,12 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "a unique value that wandered is no clash: its rows are merged together",
         (Edit("harmonylite.db.together:Together.completed", "while todo and", "while False and"),),
-        first=(_WANDERED,),
+        first=(_wandered("one_unique"),),
+    ),
+    Mutation(
+        "a unique value that wandered is no clash: nor through an index that is no constraint",
+        (Edit("harmonylite.db.rivals:Rivals.__init__", "in listed if (found", "in listed if sql is None and (found"),),
+        first=(_wandered("expression_unique"),),
     ),
     # rows that the snapshot does not have, or has older
     Mutation(

@@ -10,9 +10,9 @@ def row(key: int, note: str) -> Insert:
     return Insert("counter", (key,), (("note", note),), "OR REPLACE")
 
 
-def mail(key: int, address: str) -> Insert:
+def mail(key: int, address: str, table: str = "one_unique") -> Insert:
     """A row of a table in which addresses are unique."""
-    return Insert("one_unique", (key,), (("email", address), ("note", None)), "OR REPLACE")
+    return Insert(table, (key,), (("email", address), ("note", None)), "OR REPLACE")
 
 
 # All three nodes have read one row.
