@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SECONDS ?= 3600
 
-.PHONY: demo test test-slow test-system lint bench soak deb apt-repo clean
+.PHONY: demo test test-slow test-system lint bench bench-gigabyte soak deb apt-repo clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,9 @@ lint: $(STAMP)            ## ruff and mypy, strict
 
 bench: $(STAMP)           ## the figures in README.md and docs/performance.md; writes bench-results.json
 	$(BIN)/python -m benchmarks --json bench-results.json
+
+bench-gigabyte: $(STAMP)  ## catching up with a database of 1 GB; takes several GB in /var/tmp
+	$(BIN)/python -m benchmarks --only catchup --gigabyte
 
 soak: $(STAMP)            ## generated histories for SECONDS seconds (default one hour)
 	$(BIN)/python -m tests.sim.soak --seconds $(SECONDS)

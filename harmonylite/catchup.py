@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from harmonylite.observe.log import Repeated, rfc3339
 from harmonylite.snapshot.choice import USELESS, log_knows_since_ms
 from harmonylite.snapshot.fetching import fetch, refuse
 from harmonylite.snapshot.link import Link
+from harmonylite.snapshot.listing import Listing
 from harmonylite.snapshot.local import merge_snapshot, publish_again
 from harmonylite.snapshot.manifest import Manifest, in_order
 from harmonylite.snapshot.state import SnapshotState
@@ -84,6 +85,7 @@ class CatchUp:
         self._bridging = 0
         self._declared = asyncio.Event()
         self._damaged_s = self._not_before = 0.0
+        self._listing = Listing()
         self._trouble = Repeated(log, 600.0)
 
     @property
@@ -153,9 +155,8 @@ class CatchUp:
                 await self._merged()
                 await self._sit_out_damage()
                 gap = Gap("", "", lost=False, needed=0, in_step=in_step, missed=missed)
-                listed = [manifest for manifest in await self._list(link) if manifest.id not in but]
-                manifest = await self._choose(link, gap, listed)
-                if manifest is None:
+                listed = [each for each in self._ordered(await link.store.list()) if each.id not in but]
+                if (manifest := await self._choose(link, gap, listed)) is None:
                     return False
                 await self._use(link, gap, manifest)
                 await self._withdraw(link)
@@ -194,12 +195,14 @@ class CatchUp:
             return False
         trouble = None
         try:
-            manifests = await self._list(link)
+            manifests = self._ordered(await self._listing.manifests(link))
             self._state.newest = manifests[0] if manifests else None
             if (manifest := await self._choose(link, gap, manifests)) is not None:
                 await self._use(link, gap, manifest)
                 return None
         except (StoreError, NoRoom, OSError) as error:
+            if isinstance(error, StoreError):
+                self._listing.failed(error)
             trouble = str(error)
         state = (await link.states())[gap.stream]
         unknown = await self._why_not_complete(link, gap, state)
@@ -236,9 +239,9 @@ class CatchUp:
 
     # -- from a snapshot
 
-    async def _list(self, link: Link) -> list[Manifest]:
+    def _ordered(self, manifests: Sequence[Manifest]) -> list[Manifest]:
         """Newest first."""
-        return in_order(await link.store.list(), self._now_ms() + self._engine.replica.tolerance_ms)
+        return in_order(manifests, self._now_ms() + self._engine.replica.tolerance_ms)
 
     def _now_ms(self) -> int:
         return self._engine.time.server.now_ms() or clock.wall_ms()

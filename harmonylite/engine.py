@@ -139,8 +139,12 @@ class Engine:
     async def recapture(self) -> None:
         """Replica.recapture until nothing is left; everything else that needs it waits for that."""
         async with self._recapture_lock:
-            while (await self._gently(self.replica.recapture))[0]:
+            while (await self._gently(self._recapture_piece))[0]:
                 pass
+
+    def _recapture_piece(self) -> bool:
+        """On the writer's thread."""
+        return self.replica.recapture(self.time.bound_ms(), self.time.correction)
 
     def _at_rest(self, last: bool) -> asyncio.Future[bool]:
         return asyncio.get_running_loop().run_in_executor(self._writer, lambda: self.replica.at_rest(last=last))
@@ -329,7 +333,12 @@ class Engine:
         return (await while_waiting(self.write(self._piece), SIGHT_S, self._sight)).rows
 
     def _piece(self) -> Absorbed:
-        return self.replica.absorbing.absorb(self.time.bound_ms(), self.time.correction)
+        """On the writer's thread."""
+        absorbing = self.replica.absorbing
+        absorbed = absorbing.absorb(self.time.bound_ms(), self.time.correction)
+        if absorbed.rows:
+            absorbing.took(absorbed.rows, self.replica.last_held_s)
+        return absorbed
 
     async def _sight(self, *, on_writer: bool = False) -> None:
         self._sighted = time.monotonic()

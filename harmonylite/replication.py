@@ -197,6 +197,11 @@ class Session:
                 pace.held(*consumer.taken, self._engine.apply_held_s)
                 progress.positions[stream] = sequence
                 self._engine.metrics.stream_position.labels(stream).set(sequence)
+                if (empty := progress.emptied.get(stream)) is not None and empty.sequence < sequence:
+                    # Durable at once: killed before, this node would not know any more that the log was the same; and
+                    # if it is the only one that has read on, nobody could take a snapshot.
+                    del progress.emptied[stream]
+                    await self._engine.position(stream)
             if stream == self._settings.own_stream:
                 await self._publishing.read_back(sequence)
 

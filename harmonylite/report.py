@@ -101,7 +101,10 @@ class Reporter:
             nats_error=self._nats_error(),
             cdc_installed=config.publish and schema is not None,
             tables_tracked=len(schema.tables) if schema else 0,
-            skipped_tables=tuple(SkippedTable(s.table, s.reason) for s in schema.skipped) if schema else (),
+            skipped_tables=tuple(
+                SkippedTable(s.table, s.reason)
+                for s in ((*schema.skipped, *engine.replica.unwritable) if schema else ())
+            ),
             pending_rows=self._pending,
             published_rows=engine.metrics.published.value,
             applied_rows=engine.metrics.applied.value,
@@ -171,6 +174,7 @@ class Reporter:
         metrics.held.set(sum(self._held.values()))
         metrics.parked.set(self._parked)
         metrics.nats_connected.set(int(self._connection.connected))
+        metrics.messages_behind.set(self.current().messages_behind)
         metrics.clock_offset_seconds.set(self._engine.time.offset_s())
         metrics.schema_mismatch_paused.set(self._engine.replica.paused_tables)
         metrics.unread_messages.set(self._engine.replica.completeness.unread_messages)

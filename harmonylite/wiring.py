@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from harmonylite import clock
-from harmonylite.config import Config
+from harmonylite.config import Config, identity
 from harmonylite.db.database import ReplicaSettings
 from harmonylite.stream.log import LogSettings
 from harmonylite.stream.provision import STREAMS_SHARE
@@ -26,6 +26,7 @@ def replica_settings(config: Config) -> ReplicaSettings:
         tolerance_ms=TOLERANCE_MS,
         tombstone_retention_ms=round(config.tombstone_retention * DAY_MS),
         boot_id=clock.boot_id(),
+        machine_id=identity.machine_hash(),
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 @pytest.fixture(autouse=True)
 def restored_logging() -> Iterator[None]:
     """Whoever starts a daemon or a command in the test's own process sets up its log."""
-    loggers = [logging.getLogger(name) for name in (None, "harmonylite", "nats", "asyncio")]
+    loggers = [logging.getLogger(name) for name in (None, "harmonylite", "harmonylite.stream", "nats", "asyncio")]
     before = [(one, list(one.handlers), one.level) for one in loggers]
     yield
     for one, handlers, level in before:

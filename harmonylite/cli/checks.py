@@ -1,9 +1,8 @@
-"""What `doctor` looks at on the machine: the database's place, the clock, ports, the snapshot store."""
+"""What `doctor` looks at on the machine: the database's place, the clock, ports."""
 
 from __future__ import annotations
 
 import errno
-import importlib.util
 import os
 import shutil
 import socket
@@ -36,7 +35,6 @@ _FAIL_FREE_BYTES = 20 << 20
 _WARN_FREE_BYTES = 200 << 20
 # A database may be large and its card slow: it is looked through for damage that long.
 SOUNDNESS_S = 10.0
-_GET_BOTO3 = "apt install python3-boto3, or in a virtual environment pip install boto3"
 _DAMAGED = 'see "A card is corrupt" in docs/disaster-recovery.md'
 # 2024-01-01: a clock before that was never set on this device.
 _PLAUSIBLE_TIME_S = 1_704_067_200
@@ -88,18 +86,19 @@ def database_files(path: Path) -> Iterator[Check]:
         advice = "the application makes it; a node that joins others fetches a copy"
         yield Check("database", "warn", f"{path} does not exist", advice)
     for file in (path, Path(f"{path}-wal"), Path(f"{path}-shm")):
-        if file.exists() and not _writable(file):
+        if file.exists() and not writable(file):
             yield Check("database", "fail", f"{file} is not writable by this user", _permission_advice(file))
         elif file == path and file.exists():
             yield Check("database", "ok", f"{path} may be read and written by this user")
-    if _writable(folder):
+    if writable(folder):
         yield Check("directory", "ok", f"{folder} is writable, as the -wal and -shm files need")
     else:
         advice = f"{_permission_advice(folder)}; the application's group and mode 2770 are a usual choice"
         yield Check("directory", "fail", f"{folder} is not writable by this user: WAL needs that", advice)
 
 
-def _writable(path: Path) -> bool:
+def writable(path: Path) -> bool:
+    """By the permissions that this process has in effect."""
     needed = os.R_OK | os.W_OK | (os.X_OK if path.is_dir() else 0)
     return os.access(path, needed, effective_ids=os.access in os.supports_effective_ids)
 
@@ -127,6 +126,9 @@ def database_content(config: Config, *, running: bool) -> Iterator[Check]:
     yield _capture(config, health, running=running)
     for table in health.skipped:
         yield Check("tables", "warn", f"{table.table} is not replicated: {table.reason}")
+    for table in health.unwritable:
+        advice = "use what every SQLite has in its indexes, CHECKs and generated columns"
+        yield Check("tables", "warn", f"{table.table}: {table.reason}", advice)
     if (incomplete := inspect.overview(path).incomplete) is not None:
         yield Check("complete", "warn", incomplete, "until then it takes no snapshot")
 
@@ -247,18 +249,3 @@ def _port(key: str, text: str, *, daemon: int, running: bool) -> Check:
             )
         return Check("ports", "fail", f"{key}: {text} cannot be used: {error.strerror}", f"correct {key}")
     return Check("ports", "ok", f"{key}: {text} is free")
-
-
-def snapshot_store(config: Config) -> Iterator[Check]:
-    snapshot = config.snapshot
-    if not snapshot.enabled:
-        yield Check("snapshots", "warn", "switched off: a node that was offline for long cannot catch up")
-        return
-    if "s3" in (snapshot.store, snapshot.mirror) and importlib.util.find_spec("boto3") is None:
-        yield Check("snapshots", "fail", "S3 needs boto3", _GET_BOTO3)
-    if snapshot.store == "file":
-        folder = Path(snapshot.file.path)
-        if not folder.is_dir() or not _writable(folder):
-            yield Check("snapshots", "fail", f"{folder} is not a directory that this user may write", "create it")
-        else:
-            yield Check("snapshots", "ok", f"{folder} is writable")

@@ -38,7 +38,7 @@ def _all_checks(arguments: argparse.Namespace) -> Iterator[Check]:
             yield Check("config", "fail", str(problem))
         return
     # Only this command needs asyncio and NATS.
-    from harmonylite.cli import nats_check
+    from harmonylite.cli import nats_check, store_check
 
     yield from checks.config_file(config)
     yield from checks.user()
@@ -53,7 +53,7 @@ def _all_checks(arguments: argparse.Namespace) -> Iterator[Check]:
     yield from checks.clock_state()
     yield from nats_check.checks(config, running=running)
     yield from checks.ports(config, running=running)
-    yield from checks.snapshot_store(config)
+    yield from store_check.checks(config)
 
 
 def _daemon(config: Config) -> Check:
@@ -80,7 +80,7 @@ def _how_to_start(config: Config) -> str:
 
 COMMAND = Command(
     name="doctor",
-    summary="check files, database, disk, clock, NATS and ports, and say what to do",
+    summary="check files, database, disk, clock, NATS, ports and the snapshot store, and say what to do",
     description=(
         "Check everything that the daemon needs, one line each: ok, warn or fail, with what to do. Run it as the\n"
         "daemon's user to see what that user may. Exit code 1 when something fails."

@@ -19,6 +19,7 @@ from harmonylite.cli.command import (
     writing,
 )
 from harmonylite.db import inspect
+from harmonylite.db.conflicts import DOES_NOT_FIT, waits_for
 from harmonylite.db.inspect import Parked, UnreadMessage
 
 
@@ -65,6 +66,8 @@ def _print(parked: Parked) -> None:
     detail = f": {parked.detail}" if parked.detail else ""
     print_line(f"{local_time(parked.parked_ms)}  {parked.table} {sql_key(parked.key)}  {parked.reason}{detail}")
     print_line(f"    written {writing(parked.ts, parked.node)}")
+    if parked.reason == DOES_NOT_FIT:
+        print_line(f"    waits until {waits_for(parked.reason, parked.detail)}")
     if parked.deleted:
         print("    (a delete)")
     elif parked.row:

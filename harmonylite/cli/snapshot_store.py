@@ -166,7 +166,7 @@ async def _opened(config: Config, *, mirror: bool) -> AsyncIterator[SnapshotStor
         store: SnapshotStore | None = None
         if config.snapshot.store == "nats" and not mirror:
             try:
-                connection, domain = await stack.enter_async_context(_connected(config))
+                connection, domain = await stack.enter_async_context(connected(config))
                 settings = dataclasses.replace(settings, domain=domain)
                 store = open_store(config, lambda: connection.client, settings)
             except Failure as failure:
@@ -178,20 +178,21 @@ async def _opened(config: Config, *, mirror: bool) -> AsyncIterator[SnapshotStor
             if mirror:
                 alone = dataclasses.replace(config.snapshot, store=config.snapshot.mirror, mirror="")
                 config = dataclasses.replace(config, snapshot=alone)
-            store = open_store(config, _no_client, settings)
+            store = open_store(config, no_client, settings)
         try:
             yield store
         finally:
             await store.close()
 
 
-def _no_client() -> Any:
+def no_client() -> Any:
+    """The provider of stores that are not in NATS."""
     raise StoreError("this store needs no NATS")
 
 
 @contextlib.asynccontextmanager
-async def _connected(config: Config) -> AsyncIterator[tuple[Connection, str | None]]:
-    """A connection to NATS of our own, and the JetStream domain. Raises Failure."""
+async def connected(config: Config, patience_s: float = CONNECT_S) -> AsyncIterator[tuple[Connection, str | None]]:
+    """A connection to NATS of our own, and the JetStream domain. Raises Failure, ControlError."""
     if config.external:
         urls, domain = config.nats.urls, config.nats.domain or None
     else:
@@ -206,7 +207,7 @@ async def _connected(config: Config) -> AsyncIterator[tuple[Connection, str | No
     await connection.start()
     try:
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(undisturbed(connection.wait_connected()), CONNECT_S)
+            await asyncio.wait_for(undisturbed(connection.wait_connected()), patience_s)
         if not connection.connected:
             raise Failure(f"NATS cannot be reached: {connection.last_error or 'no answer'}")
         yield connection, domain

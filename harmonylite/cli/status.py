@@ -124,6 +124,8 @@ def _node_lines(node: NodeStatus, config: Config) -> Iterator[tuple[str, str]]:
         where = f"the mirror ({shot.store})" if shot.in_mirror else shot.store
         text = f"{duration(shot.age_seconds)} old, by node {shot.node_id}, {size(shot.size_bytes)} in {where}"
         yield "snapshot", text
+    elif config.snapshot.enabled:
+        yield "snapshot", "none yet" if node.status == "healthy" else "none known"
     if node.clock_offset_seconds is not None:
         yield "clock", f"{node.clock_offset_seconds:+.3f} s against the server's"
     for table in node.skipped_tables:

@@ -15,7 +15,7 @@ MACHINE_ID_FILES = (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id"))
 # Where the units look for their configuration: config.toml, and one for each instance.
 CONFIG_DIRECTORY = Path("/etc/harmonylite")
 # machine-id(5) asks applications to publish only a keyed hash of it.
-_SALT = b"harmonylite node id\0"
+_SALT, _MACHINE_SALT = b"harmonylite node id\0", b"harmonylite machine\0"
 
 
 def node_id_of(machine_id: str) -> int:
@@ -61,3 +61,12 @@ def read_machine_id(files: tuple[Path, ...] | None = None) -> str:
         if re.fullmatch(r"[0-9a-f]{32}", text):
             return text
     raise ValueError("is not set, and this machine has no machine id (/etc/machine-id) to make one from: set node_id")
+
+
+def machine_hash() -> str:
+    """What tells this machine from others, in a database that may be handed around; empty if it has no machine id."""
+    try:
+        machine_id = read_machine_id()
+    except ValueError:
+        return ""
+    return hashlib.sha256(_MACHINE_SALT + machine_id.encode()).hexdigest()[:32]

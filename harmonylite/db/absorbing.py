@@ -14,8 +14,12 @@ from harmonylite.db.evictions import Evictions
 from harmonylite.db.recapture import Recapturing
 from harmonylite.db.schema import Schema
 from harmonylite.db.versions import NO_CORRECTION, NOTHING, UNBOUNDED_MS, Absorbed, Absorber, Correction
+from harmonylite.pace import AIM_S
 
 T = TypeVar("T")
+
+# However long it takes, a piece has so many rows.
+LEAST_ROWS = 250
 
 # Nothing is taken, and there may be something.
 _WAITING = Absorbed(0, 1, 0, ())
@@ -31,8 +35,10 @@ class Absorbing:
         self._database = database
         self._settings = settings
         self.recapturing = Recapturing(database, settings.node_id)
-        self._limit = versions.ABSORB_ROWS
-        self._left = 0
+        self._rows = versions.ABSORB_ROWS
+        self._times = 1
+        # What the last piece left, and the state's batch then.
+        self._left = self._left_at = 0
 
     def follow(self, schema: Schema) -> None:
         """Inside the transaction that installed capture for it."""
@@ -87,22 +93,33 @@ class Absorbing:
         if self.recapturing.is_due(database.writer):
             return _WAITING
         bound = UNBOUNDED_MS if bound_ms is None else bound_ms
+        before = database.state.batch
         absorbed, database.state = self._absorber.absorb(
-            database.writer, database.state, bound_ms=bound, correction=correction, limit=self._limit
+            database.writer, database.state, bound_ms=bound, correction=correction, limit=self._rows * self._times
         )
-        self._keep_up(absorbed)
+        self._keep_up(absorbed, before, database.state.batch)
         conflicts.drop_beaten(database.writer, absorbed.tables, absorbed.batch)
         return absorbed
 
-    def _keep_up(self, absorbed: Absorbed) -> None:
+    def _keep_up(self, absorbed: Absorbed, before: int, batch: int) -> None:
         """An application that writes more between two pieces than one of them takes would keep the log from ever being
-        empty, and nothing would be published: the pieces grow with it. A long log that does not grow is no reason."""
-        grew = absorbed.left + absorbed.rows - self._left if self._left else 0
-        if grew > absorbed.rows // 2:
-            self._limit *= 2
-        elif grew < absorbed.rows // 8:
-            self._limit = max(versions.ABSORB_ROWS, self._limit // 2)
-        self._left = absorbed.left
+        empty, and nothing would be published: the pieces grow with it. A long log that does not grow is no reason. Nor
+        is a piece that was rolled back, by a full disk say, and is taken again. before, batch: the state's."""
+        if not self._left or self._left_at == before:
+            grew = absorbed.left + absorbed.rows - self._left if self._left else 0
+            if grew > absorbed.rows // 2:
+                self._times *= 2
+            elif grew <= absorbed.rows // 8:
+                self._times = max(1, self._times // 2)
+        self._left, self._left_at = absorbed.left, batch
+
+    def took(self, rows: int, held_s: float) -> None:
+        """Any thread. A piece of so many rows held the lock for so long: random keys in a large table take twenty times
+        as long as integers in their order, and boards differ as much."""
+        if held_s > 1.5 * AIM_S:
+            self._rows = max(LEAST_ROWS, min(self._rows, int(rows * AIM_S / held_s)))
+        elif held_s < AIM_S / 2 and rows * 2 > self._rows:  # less tells nothing of so many
+            self._rows = min(versions.ABSORB_ROWS, self._rows * 2)
 
     def before(self, job: Callable[[], T], bound_ms: int | None, correction: Correction) -> T:
         """Writer. `job` in one write transaction, after everything logged was absorbed: in it, versions say what they

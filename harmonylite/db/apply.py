@@ -16,7 +16,7 @@ from harmonylite.db.capture import collate, key_columns
 from harmonylite.db.context import MISFIT, Context
 from harmonylite.db.resolve import Resolver
 from harmonylite.db.rows import identity
-from harmonylite.db.schema import KeyColumn, Schema, Table
+from harmonylite.db.schema import LONGEST_SQL, KeyColumn, Schema, Table
 from harmonylite.db.sql import columns_sql, normal, quote, version_table
 from harmonylite.model import Group, Row, Stamp, TableChanges, Version
 
@@ -35,6 +35,7 @@ class _Statements:
         self.columns = {normal(name) for name in table.column_names}
         self._key = [normal(name) for name in table.key_names]
         keys, version = key_columns(table), version_table(table.name)
+        self._is_runnable = LONGEST_SQL is None or len(self.write(table.column_names).encode()) <= LONGEST_SQL
         width = len(table.key)
         marks = ", ".join(f"?{i + 1}" for i in range(width + 6))
         # A row whose writer had not seen the live one here is a conflict: left out, so that `resolve` logs it.
@@ -59,7 +60,8 @@ class _Statements:
 
     def fits(self, changes: TableChanges) -> bool:
         return (
-            len(changes.columns) == len(self.columns)
+            self._is_runnable
+            and len(changes.columns) == len(self.columns)
             and all(normal(name) in self.columns for name in changes.columns)
             and [normal(name) for name in changes.key] == self._key
         )

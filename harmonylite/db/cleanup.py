@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from harmonylite.db import capture, install, sql, tables, versions
+from harmonylite.db import capture, install, recapture, sql, tables, versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +35,15 @@ def cleanup(path: Path, *, everything: bool, force: bool) -> CleanupReport:
             before = tables.load_state(connection)
             settings = install.Settings(node_id if isinstance(node_id, int) else 0, False, (), ())
             logged = versions.count_logged_anywhere(connection)
+            begun = recapture.load(connection)
             schema, state, _ = install.install(connection, settings, before)
             tables.save_state(connection, before, state)
             pending = versions.count_pending(connection, schema, state.published_batch)
+            if everything and begun and not force:
+                raise CleanupRefused(
+                    f"table {begun[0].table} was rebuilt, or is new: which of its rows were never published is not yet"
+                    " known; start the daemon and let it publish them, or use --force"
+                )
             if everything and pending and not force:
                 raise CleanupRefused(
                     f"{pending} changed rows were never published and would be forgotten; start the daemon and let it"

@@ -13,7 +13,7 @@ from harmonylite import wire
 from harmonylite.db import tables
 from harmonylite.db.outbox import decode_typed, typed_keys_sql
 from harmonylite.db.rows import Values, find_version, identity
-from harmonylite.db.schema import Table
+from harmonylite.db.schema import Table, is_applications_own
 from harmonylite.db.sql import integer, normal, rows, version_table
 from harmonylite.model import Row, Stamp, TableChanges, Version
 
@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 
 # Why a parked row waits although a newer one has taken effect: it has columns that neither that one nor the table has.
 OLDER = "older column"
+
+# Why a parked row waits that the table does not take as it is.
+DOES_NOT_FIT = "does not fit"
 
 # Parked rows without those: nothing is late because of a column that was set aside.
 COUNT_WAITING = f"SELECT count(*) FROM {tables.PARKED} WHERE reason <> '{OLDER}'"
@@ -150,7 +153,7 @@ class Recorder:
             self.parked += 1
             if row.table not in self.parked_tables:
                 log.warning(
-                    "row parked: it waits until the schema here fits, see `harmonylite parked`",
+                    f"row parked: it waits until {waits_for(row.reason, row.detail)}, see `harmonylite parked`",
                     extra={"fields": {"table": row.table, "reason": row.reason, "detail": row.detail}},
                 )
         self.parked_tables.add(row.table)
@@ -188,6 +191,13 @@ class Recorder:
                 f"DELETE FROM {tables.CONFLICT} WHERE id <= (SELECT max(id) FROM {tables.CONFLICT}) - ?",
                 (KEEP_CONFLICTS,),
             )
+
+
+def waits_for(reason: str, detail: str) -> str:
+    """What has to change before a parked row can be applied."""
+    if reason == DOES_NOT_FIT and is_applications_own(detail):
+        return "no index, CHECK or generated column of its table needs what only the application has"
+    return "the schema here fits"
 
 
 def take_parked(connection: apsw.Connection) -> list[Parked]:

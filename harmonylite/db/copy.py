@@ -213,6 +213,7 @@ def adopt_copy(
         tables.set_meta(connection, "node_id", node_id)
         tables.set_meta(connection, "instance_id", secrets.token_hex(16))
         tables.set_meta(connection, "boot_id", "")
+        tables.set_meta(connection, "machine_id", "")
         # Times that another node has seen on its own clock are no floor for this one's (docs/rules.md, Versions).
         tables.set_meta(connection, "floor_ms", 0)
         unversioned.set_copy_joined(connection)

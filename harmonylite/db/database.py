@@ -17,7 +17,7 @@ import apsw
 
 from harmonylite.db import install, sql, tables, unread, versions
 from harmonylite.db.checkpoint import Checkpoints
-from harmonylite.db.schema import Schema, schema_cookie
+from harmonylite.db.schema import Schema, Skipped, schema_cookie, unwritable
 from harmonylite.db.tables import State
 from harmonylite.model import Position
 
@@ -33,7 +33,8 @@ EPOCH_SHIFT = 28
 class ReplicaSettings:
     """publish=False: no triggers, what the cluster says wins. group_rows: a group is closed once it holds that many
     rows. max_transaction_bytes: a transaction larger than that is cut. tolerance_ms: how far a version may be ahead
-    of the stream's time (docs/rules.md, Clocks). boot_id: tells this boot of the machine from others."""
+    of the stream's time (docs/rules.md, Clocks). boot_id: tells this boot of the machine from others;
+    machine_id: this machine, empty if nothing tells."""
 
     node_id: int
     publish: bool = True
@@ -44,6 +45,7 @@ class ReplicaSettings:
     tolerance_ms: int = 60_000
     tombstone_retention_ms: int = 90 * DAY_MS
     boot_id: str = ""
+    machine_id: str = ""
 
 
 class PositionsLostError(Exception):
@@ -75,6 +77,8 @@ class Database:
         self.correction = versions.NO_CORRECTION
         self.state = State()
         self.schema: Schema | None = None
+        # See schema.unwritable.
+        self.unwritable: tuple[Skipped, ...] = ()
         # Inside `on_schema`: whether the last installation was committed; the new names of tables renamed since.
         self.reinstalling = False
         self.renamed: frozenset[str] = frozenset()
@@ -168,6 +172,7 @@ class Database:
             log.warning("node id changed since the last start", extra={"fields": {"from": known, "to": node_id}})
         if known != node_id:
             tables.set_meta(self.writer, "node_id", node_id)
+        self._note_machine(same_node=known == node_id)
         # Group numbers must grow over restarts, restored backups and clocks that start in the past.
         epoch = max(sql.integer(self.writer, tables.META_VALUE, ("epoch",)) + 1, self._now_ms() // 1000)
         tables.set_meta(self.writer, "epoch", epoch)
@@ -177,6 +182,21 @@ class Database:
             # Before the logs are absorbed: what is in them was mostly written in this boot, before the daemon started,
             # and a correction of its clock tells by the times what was not.
             self.state = replace(self.state, boot_batch=self.state.batch)
+
+    def _note_machine(self, *, same_node: bool) -> None:
+        """A card may be moved to a new board, or a backup restored there: that is no mistake, unless the old one is
+        still in use with the same node id."""
+        machine_id = self._settings.machine_id
+        known = tables.get_meta(self.writer, "machine_id")
+        if not machine_id or known == machine_id:
+            return
+        if known and same_node:
+            log.warning(
+                "this database was on another machine before, with this node id: if that one is still in use, one of"
+                " the two needs another node_id; after a repair, or with a restored backup, all is as it should be",
+                extra={"fields": {"node_id": self._settings.node_id}},
+            )
+        tables.set_meta(self.writer, "machine_id", machine_id)
 
     def _install(self) -> None:
         settings = self._settings
@@ -192,6 +212,16 @@ class Database:
         if known is not None:
             log.info("schema changed", extra={"fields": {"tables": len(self.schema.tables)}})
         self._on_schema(self.schema)
+        self._tell_unwritable(unwritable(self.writer, self.schema))
+
+    def _tell_unwritable(self, found: tuple[Skipped, ...]) -> None:
+        for each in found:
+            if each not in self.unwritable:
+                log.warning(
+                    "table cannot be written to here; the application alone has what it needs",
+                    extra={"fields": {"table": each.table, "reason": each.reason}},
+                )
+        self.unwritable = found
 
     def installed(self) -> Schema:
         """The schema, where it is known to be installed."""

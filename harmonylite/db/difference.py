@@ -8,7 +8,7 @@ of them. Versions are compared first; contents only where versions are equal, an
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from sys import getsizeof
@@ -22,7 +22,7 @@ from harmonylite.db.outbox import decode_typed, typed_keys_sql, typed_sql
 from harmonylite.db.rows import bound, marker
 from harmonylite.db.schema import Table
 from harmonylite.db.sparse import ColumnVersion
-from harmonylite.db.sql import integer, normal, quote, rows, version_table
+from harmonylite.db.sql import normal, quote, rows, version_table
 from harmonylite.model import Row, Stamp, Version
 
 # What is to be done with the rows that a scan finds.
@@ -118,11 +118,6 @@ class Scan:
         for row in connection.execute(text, (published, *bound(key))):
             return self._decode(row, len(self.keys))
         return None
-
-    def size(self, connection: apsw.Connection) -> int:
-        """About how many rows there are to go through: as many as have versions, which are quickly counted."""
-        side = "snap" if self.kind == TAKE else "main"
-        return integer(connection, f"SELECT count(*) FROM {side}.{version_table(self.table.name)}")
 
     def _decode(self, row: Row, width: int) -> Found:
         plain = 8 if self.kind == TAKE else 6
@@ -321,9 +316,15 @@ def _same_here(theirs: Table, mine: Table) -> str:
         if here is not None:
             one, other = f"m.{quote(here.name)}", f"r.{quote(column.name)}"
             same.append(f"{one} COLLATE BINARY IS {other} AND typeof({one}) = typeof({other})")
-    return (
-        f"EXISTS (SELECT 1 FROM main.{quote(mine.name)} AS m WHERE {_same_row(theirs, mine)} AND {' AND '.join(same)})"
-    )
+    return f"EXISTS (SELECT 1 FROM main.{quote(mine.name)} AS m WHERE {_same_row(theirs, mine)} AND {_all(same)})"
+
+
+def _all(conditions: Sequence[str]) -> str:
+    """The conditions joined by AND, in halves: SQLite takes an expression only 1,000 deep, a table may be wider."""
+    if len(conditions) < 8:
+        return " AND ".join(conditions)
+    middle = len(conditions) // 2
+    return f"({_all(conditions[:middle])}) AND ({_all(conditions[middle:])})"
 
 
 def _typed_row(table: Table) -> str:

@@ -125,12 +125,13 @@ class UnreadMessage:
 @dataclass(frozen=True, slots=True)
 class Health:
     """journal_mode: as PRAGMA journal_mode says; tables: what could be replicated; uncaptured: those of them whose
-    triggers are not all there; skipped: what cannot be replicated, and why."""
+    triggers are not all there; skipped: what cannot be replicated, and why; unwritable: see schema.unwritable."""
 
     journal_mode: str
     tables: tuple[str, ...]
     uncaptured: tuple[str, ...]
     skipped: tuple[schema.Skipped, ...]
+    unwritable: tuple[schema.Skipped, ...] = ()
 
 
 def overview(path: Path) -> Overview:
@@ -298,7 +299,10 @@ def _health(connection: apsw.Connection, include: Sequence[str], exclude: Sequen
         if any(trigger.name not in present for trigger in capture.triggers(table))
     ]
     mode = str(rows(connection, "PRAGMA journal_mode")[0][0])
-    return Health(mode, tuple(table.name for table in found.tables.values()), tuple(uncaptured), found.skipped)
+    connection.config(apsw.SQLITE_DBCONFIG_ENABLE_TRIGGER, 0)  # the application's run in the application
+    unwritable = schema.unwritable(connection, found)
+    names = tuple(table.name for table in found.tables.values())
+    return Health(mode, names, tuple(uncaptured), found.skipped, unwritable)
 
 
 def _ask(path: Path, question: Callable[[apsw.Connection], T]) -> T:

@@ -110,12 +110,14 @@ def _known(connection: apsw.Connection, everything: Schema) -> dict[str, str]:
 
 
 def _tables_without_log(connection: apsw.Connection, known: dict[str, str], everything: Schema) -> frozenset[str]:
-    """Captured tables whose log is gone, with whatever it held."""
+    """Captured tables whose log is gone or damaged, with whatever it held."""
     captured = {on for _, (on, _) in capture.installed(connection).triggers.items()}
     return frozenset(
         normal(name)
         for name in known
-        if everything.table(name) is not None and name in captured and not _exists(connection, log_table(name))
+        if (table := everything.table(name)) is not None
+        and name in captured
+        and not _has_columns(connection, log_table(name), table, _LOG_COLUMNS)
     )
 
 
@@ -154,7 +156,7 @@ def _exists(connection: apsw.Connection, quoted: str) -> bool:
 def _forget_dropped(connection: apsw.Connection, known: dict[str, str], everything: Schema) -> None:
     for name in list(known):
         if everything.table(name) is None:
-            log.info("table no longer replicated: it was dropped or lost its key", extra={"fields": {"table": name}})
+            log.info("table no longer replicated: it was dropped, or changed", extra={"fields": {"table": name}})
             mine = [t for t in capture.installed(connection).triggers if _table_of_trigger(t) == name]
             capture.drop_triggers(connection, mine)
             _drop_tables_of(connection, name)
@@ -168,20 +170,32 @@ def _drop_tables_of(connection: apsw.Connection, name: str) -> None:
 
 
 def _is_as_installed(connection: apsw.Connection, found: Schema, known: dict[str, str]) -> bool:
-    """Whether nothing changed since the last installation, as when the daemon was only off: the logs stay as they are,
-    to be absorbed in short transactions."""
-    if tables.get_meta(connection, "definitions") != schema.schema_text(connection):
-        return False
+    """Whether capture is what it was at the last installation, as when the daemon was only off: the logs stay as they
+    are, to be absorbed in short transactions."""
+    if _parked_fit_maybe(connection):
+        return False  # they are compared with what was written before, in this very transaction
     there = {name: (sql, normal(on)) for name, (on, sql) in capture.installed(connection).triggers.items()}
     wanted = {t.name: (t.sql, key) for key, table in found.tables.items() for t in capture.triggers(table)}
+    # Tables that `[tables]` leaves out since a while stay known; without triggers, nothing is logged of them.
+    chosen = {name: definition for name, definition in known.items() if normal(name) in found.tables}
     return (
         there == wanted
-        and known == {table.name: capture.definition(table) for table in found.tables.values()}
+        and chosen == {table.name: capture.definition(table) for table in found.tables.values()}
         and all(
             _has_columns(connection, log_table(table.name), table, _LOG_COLUMNS)
             and _has_columns(connection, version_table(table.name), table, _VERSION_COLUMNS)
             for table in found.tables.values()
         )
+    )
+
+
+def _parked_fit_maybe(connection: apsw.Connection) -> bool:
+    """Whether rows wait for the schema, and it is another one now; not while a table is gone through: they wait for
+    that, too (Replica.recapture)."""
+    return (
+        tables.get_meta(connection, "definitions") != schema.schema_text(connection)
+        and not recapture.is_due(connection)
+        and bool(integer(connection, f"SELECT EXISTS (SELECT 1 FROM {tables.PARKED})"))
     )
 
 

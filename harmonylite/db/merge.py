@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ from harmonylite.db import difference, left_out, reconcile, schema, snapshot_fil
 from harmonylite.db.conflicts import Parked, load_parked
 from harmonylite.db.context import Context
 from harmonylite.db.copy import DamagedDatabaseError, check_copy
-from harmonylite.db.difference import DELETE, MARK, TAKE, WINDOW_ROWS, Found, Scan
+from harmonylite.db.difference import DELETE, TAKE, WINDOW_ROWS, Found, Scan
+from harmonylite.db.estimate import Estimate, MergeProgress
 from harmonylite.db.rows import unpack_key
 from harmonylite.db.schema import Schema, Table
 from harmonylite.db.together import Together
@@ -39,6 +41,9 @@ log = logging.getLogger(__name__)
 
 # A write transaction should hold the lock about so long, commit included: see `pace`.
 AIM_S = 0.007
+# On a busy machine it should compute for less than the scheduler's time slice: who computes longer waits for the others
+# in the midst of it, and the lock with it, for many times as long. At rest that would take twice as long for nothing.
+BUSY_AIM_S, BUSY_FOR_S = 0.0028, 5.0
 FIRST_ROWS, LEAST_ROWS, MOST_ROWS = 100, 10, 4_000
 
 # Rows that share unique values are written together, so many at least.
@@ -46,19 +51,6 @@ LEAST_CHAIN = 30
 
 # And holds no more bytes than this, or one row.
 MAX_BYTES = 1 << 20
-
-_PHASES = {TAKE: "comparing", DELETE: "deleting", MARK: "reconciling"}
-
-
-@dataclass(frozen=True, slots=True)
-class MergeProgress:
-    """phase: "comparing", "deleting" or "reconciling"; table: the one that is looked at; done, total: rows looked at
-    in all phases, of about how many."""
-
-    phase: str
-    table: str
-    done: int
-    total: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +79,23 @@ class Work:
     @property
     def empty(self) -> bool:
         return not (self.found or self.parked or self.follow_schema)
+
+
+@dataclass(slots=True)
+class PieceSize:
+    """So many rows are written in one transaction, by how long the ones before took; busy_until: monotonic time."""
+
+    rows: int = FIRST_ROWS
+    busy_until: float = 0.0
+
+    def took(self, rows: int, held_s: float, computed_s: float, now: float) -> None:
+        """So many rows were written, for which the lock was held so long; computed_s: processor time of that."""
+        if held_s > AIM_S and held_s > 2 * computed_s:
+            self.busy_until = now + BUSY_FOR_S
+        aim_s = BUSY_AIM_S if now < self.busy_until else AIM_S
+        if rows * 2 > self.rows or held_s > aim_s:
+            factor = min(2.0, max(0.25, aim_s / max(held_s, 1e-6)))
+            self.rows = max(LEAST_ROWS, min(MOST_ROWS, int(rows * factor)))
 
 
 class Merger:
@@ -128,10 +137,10 @@ class Merger:
         self._positions = positions
         self._since_ms = tombstones_since_ms
         self._report = MergeReport()
-        self._rows = FIRST_ROWS
+        self._size = PieceSize()
         self._connection: apsw.Connection | None = None
         self._work: Iterator[Work] = iter(())
-        self._progress = MergeProgress(_PHASES[TAKE], "", 0, 0)
+        self._progress = MergeProgress()
 
     def open(self) -> None:
         """Writer. Opens the connections that `find` uses. Raises DamagedCopyError, DamagedDatabaseError."""
@@ -194,38 +203,35 @@ class Merger:
         assert connection is not None, "open() first"
         together = Together(connection, self._theirs, mine, self._latest_ms)
         scans = [scan.on(connection) for scan in self._scans(mine)]
-        sizes: list[int] = []
-        for scan in scans:
-            sizes.append(scan.size(connection))
+        estimate = Estimate(scans, mine)
+        for _ in estimate.count(connection):
             yield Work()
-        done, total = 0, sum(sizes)
         for index, scan in enumerate(scans):
             if scan.kind != TAKE and index and scans[index - 1].kind == TAKE:
                 yield from self._parked_work(connection)
-            before = done
-            for seen, work in self._scan_work(connection, scan, together):
-                done += seen
-                reached = min(done, before + sizes[index])
-                self._progress = MergeProgress(_PHASES[scan.kind], scan.table.name, reached, total)
+            estimate.begin()
+            for looked, work in self._scan_work(connection, scan, together):
+                self._progress = estimate.after(looked, len(work.found))
                 yield work
-            done = before + sizes[index]
         if not scans or scans[-1].kind == TAKE:
             yield from self._parked_work(connection)
 
     def _scan_work(self, connection: apsw.Connection, scan: Scan, together: Together) -> Iterator[tuple[int, Work]]:
-        """(rows looked at, what to do about them)"""
+        """(rows looked at, about; what to do about them)"""
         last: Row | None = None
         while True:
             end, seen = scan.end_of_piece(connection, last, WINDOW_ROWS)
             published = self._theirs.state.published_batch if scan.kind == TAKE else self._replica.published()
-            complete = False
+            complete, told = False, 0
             while not complete:
-                found, complete = scan.find(connection, last, end, published, self._rows, MAX_BYTES)
+                found, complete = scan.find(connection, last, end, published, self._size.rows, MAX_BYTES)
                 if not complete:
                     last = found[-1].key
+                reached = seen if complete else min(seen, told + len(found))  # those at least
                 if scan.kind == TAKE and found:
-                    found = together.completed(scan, found, max(self._rows, LEAST_CHAIN))
-                yield (seen if complete else 0), Work(scan, found)
+                    found = together.completed(scan, found, max(self._size.rows, LEAST_CHAIN))
+                yield reached - told, Work(scan, found)
+                told = reached
             if end is None:
                 break
             last = end
@@ -239,7 +245,7 @@ class Merger:
         while keys := sql.rows(
             connection,
             f"SELECT DISTINCT key FROM snap.{tables.SPARSE} WHERE tbl = ? AND key > ? ORDER BY key LIMIT ?",
-            (scan.table.name, last, self._rows),
+            (scan.table.name, last, self._size.rows),
         ):
             last = keys[-1][0]
             found = [
@@ -294,8 +300,10 @@ class Merger:
             if self._replica.schema is self._schema:
                 done = self._do(work, context)
 
+        computed_s = time.thread_time()
         with self._own():
             context = self._replica.judge(job, bound_ms, correction)
+        computed_s = time.thread_time() - computed_s
         took = self._replica.last_held_s
         kind = work.scan.kind if work.scan is not None else TAKE
         report = self._report
@@ -307,9 +315,7 @@ class Merger:
             parked=report.parked + context.recorder.parked,
             longest_s=max(report.longest_s, took),
         )
-        if len(work.found) * 2 > self._rows or took > AIM_S:
-            factor = min(2.0, max(0.25, AIM_S / max(took, 1e-6)))
-            self._rows = max(LEAST_ROWS, min(MOST_ROWS, int(len(work.found) * factor)))
+        self._size.took(len(work.found), took, computed_s, time.monotonic())
         if self._replica.schema is not self._schema:
             self._plan()
 

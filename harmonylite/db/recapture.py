@@ -219,7 +219,8 @@ def say(table: Table, found: int, *, is_new: bool) -> None:
 
 
 class Recapturing:
-    """What is due in one database. under_way: the table that it is at, as last seen; None: nothing is due."""
+    """What is due in one database. under_way: the table that it is at, or was at last until `ended`; None: nothing is
+    due."""
 
     def __init__(self, database: Database, node_id: int) -> None:
         self._database = database
@@ -245,7 +246,6 @@ class Recapturing:
         apsw.FullError, apsw.IOError with nothing changed."""
         database = self._database
         if not database.is_stale(database.writer) and not is_due(database.writer):
-            self.under_way = None
             return False
         with database.transaction():
             due = is_due(database.writer)
@@ -254,8 +254,12 @@ class Recapturing:
                 schema = database.installed()
                 step(database.writer, schema, node_id=self._node_id, published=published, limit=self._size)
             left = load(database.writer)
-        self.under_way = left[0] if left else None
+        self.under_way = left[0] if left else self.under_way
         if due:
             factor = min(2.0, AIM_S / max(database.last_held_s, 1e-6))
             self._size = max(LEAST_ROWS, min(MOST_ROWS, int(self._size * factor)))
         return bool(left)
+
+    def ended(self) -> None:
+        """Writer. Nothing is due, and what had to wait for that is done."""
+        self.under_way = None

@@ -98,7 +98,7 @@ class Replica:
 
     def _follow_parked(self, schema: Schema) -> None:
         """Inside a transaction: try parked rows again if the schema is another one than when that was done last."""
-        if self.recapturing.under_way is not None:
+        if self.recapturing.is_due(self._writer):
             return  # what they would be compared with is not known yet
         # Not only tables and columns count: a CHECK may be gone.
         definitions = schema_text(self._writer)
@@ -106,7 +106,7 @@ class Replica:
             tables.set_meta(self._writer, "definitions", definitions)
             self._paused_tables = self._applying.retry_parked()
         elif self._settings.publish:
-            # What was in the logs is absorbed by now.
+            # What the installation has absorbed; of the rest, each piece does that by itself.
             conflicts.drop_beaten(self._writer, list(schema.tables.values()), None)
 
     def _finish(self, context: Context) -> None:
@@ -126,6 +126,11 @@ class Replica:
     @property
     def skipped(self) -> Sequence[Skipped]:
         return self.schema.skipped
+
+    @property
+    def unwritable(self) -> Sequence[Skipped]:
+        """Any thread. Tables that rows of other nodes cannot be written to, and why."""
+        return self._database.unwritable
 
     def take_lock_seconds(self) -> float:
         """Writer. How long the write lock was held since the last call."""
@@ -217,16 +222,23 @@ class Replica:
             with self._database.transaction():
                 pass
 
-    def recapture(self) -> bool:
+    def recapture(self, bound_ms: int | None = None, correction: Correction = NO_CORRECTION) -> bool:
         """Writer. Go through some rows of a table that capture was off for, if there is one, in one short write
         transaction; True: call it again. Until its end, whatever needs to know what was written here raises
-        RecaptureDueError. Raises as `apply` besides."""
-        was_due = self.recapturing.under_way is not None
-        if self.recapturing.step():
+        RecaptureDueError. bound_ms and correction as in `absorb`. Raises apsw.BusyError, apsw.FullError, apsw.IOError
+        with nothing changed."""
+        recapturing = self.recapturing
+        if recapturing.step():
             return True
-        if was_due:
-            with self._database.transaction():
-                self._follow_parked(self.schema)
+        if recapturing.under_way is None:
+            return False
+        self.absorbing.know_time(bound_ms, correction)
+        with self._database.transaction():
+            # What was written meanwhile comes first: parked rows are compared with it.
+            if recapturing.is_due(self._writer) or not self.absorbing.piece(bound_ms, correction).drained:
+                return True
+            self._follow_parked(self.schema)
+        recapturing.ended()
         return False
 
     def note_position(self, position: Position) -> None:

@@ -10,10 +10,20 @@ from fnmatch import fnmatchcase
 
 import apsw
 
-from harmonylite.db.sql import PREFIX, integer, normal, rows
+from harmonylite.db.sql import PREFIX, integer, normal, quote, rows
 
 # Collations that every SQLite has; a key with another one cannot be indexed by our tables.
 BUILT_IN_COLLATIONS = frozenset({"BINARY", "NOCASE", "RTRIM"})
+
+# The widest rows that we read: two result columns for each column and again for each of the key's (outbox.typed_sql),
+# behind this many of the version (difference.taking).
+_VERSION_COLUMNS = 8
+
+# Before 3.42 apsw ends the process when a statement fails that is too long for its cache: no row may need one.
+LONGEST_SQL = 16_383 if tuple(map(int, apsw.apswversion().split(".")[:2])) < (3, 42) else None
+
+# A column in the text of an INSERT or UPDATE of one row (db/rows), besides its quoted name; and the text around that.
+_SQL_PER_COLUMN, _SQL_AROUND = 20, 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +184,8 @@ def _load_table(connection: apsw.Connection, name: str, without_rowid: bool, str
     foreign = [part.collation for part in key if part.collation.upper() not in BUILT_IN_COLLATIONS]
     if foreign:
         return Skipped(name, f"its key uses the application's own collation {foreign[0]}")
+    if reason := _too_wide(connection, name, columns, key):
+        return Skipped(name, reason)
     stored = frozenset(column.name for column in columns)
     uniques = tuple(
         _unique_index(connection, index, origin == "u", stored)
@@ -181,6 +193,51 @@ def _load_table(connection: apsw.Connection, name: str, without_rowid: bool, str
         if unique and origin != "pk"
     )
     return Table(name, tuple(columns), key, key_index is None, uniques)
+
+
+def _too_wide(
+    connection: apsw.Connection, name: str, columns: Sequence[Column], key: Sequence[KeyColumn]
+) -> str | None:
+    """Why the statements for rows of so many columns cannot be run; None if they can."""
+    # Conditions join two terms for each column of the key by AND, in one nested expression.
+    deepest = connection.limit(apsw.SQLITE_LIMIT_EXPR_DEPTH) // 2 - 20
+    if len(key) > deepest:
+        return f"its key has {len(key):,} columns, with {deepest:,} of them it could be replicated"
+    most = (connection.limit(apsw.SQLITE_LIMIT_COLUMN) - _VERSION_COLUMNS) // 2 - len(key)
+    if len(columns) > most:
+        return f"it has {len(columns):,} columns, {most:,} can be replicated with such a key; put some in another table"
+    if LONGEST_SQL is not None:
+        text = sum(len(quote(column.name).encode()) + _SQL_PER_COLUMN for column in columns)
+        text += sum(len(quote(part.name).encode()) + len(part.collation) + _SQL_PER_COLUMN for part in key)
+        if text + len(quote(name).encode()) + _SQL_AROUND > LONGEST_SQL:
+            return (
+                f"the names of its {len(columns):,} columns are together too long for apsw {apsw.apswversion()};"
+                " install apsw 3.42 or newer (Debian 13), or put some of them in another table"
+            )
+    return None
+
+
+def unwritable(connection: apsw.Connection, found: Schema) -> tuple[Skipped, ...]:
+    """Tables to which no row of another node can be written, with the reason: an index, CHECK or generated column needs
+    a collation or function that only the application has. A connection that only reads sees no CHECK."""
+    told = []
+    for table in found.tables.values():
+        columns = ", ".join(map(quote, table.column_names))
+        nulls = ", ".join("NULL" for _ in table.columns)
+        insert = f"INSERT OR REPLACE INTO main.{quote(table.name)} ({columns}) VALUES ({nulls})"
+        try:
+            # Prepared anew: an EXPLAIN that is cached is not looked at again when the schema changes.
+            connection.execute(f"EXPLAIN QUERY PLAN {insert}", can_cache=False).fetchall()
+        except apsw.SQLError as error:
+            if is_applications_own(str(error)):
+                reason = f"what other nodes write to it waits, as only the application has what it needs: {error}"
+                told.append(Skipped(table.name, reason))
+    return tuple(told)
+
+
+def is_applications_own(error: str) -> bool:
+    """Whether SQLite misses a collation or function, which the application has registered for itself."""
+    return any(text in error for text in ("no such collation sequence", "unknown function", "no such function"))
 
 
 def _collations(connection: apsw.Connection, index: str) -> dict[str, str]:

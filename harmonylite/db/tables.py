@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import apsw
 
 from harmonylite.db.sql import PREFIX, quote, rows, scalar
 from harmonylite.model import Position
+
+log = logging.getLogger(__name__)
 
 META = quote(f"{PREFIX}meta")
 POSITION = quote(f"{PREFIX}position")
@@ -20,6 +25,7 @@ CONFLICT = quote(f"{PREFIX}conflict")
 UNDECODABLE = quote(f"{PREFIX}undecodable")
 UNREAD = quote(f"{PREFIX}unread")
 
+# Another shape of any of these tables is another format: a table that is not as CREATE says counts as damaged.
 FORMAT = 1
 
 META_VALUE = f"SELECT value FROM {META} WHERE name = ?"
@@ -47,6 +53,22 @@ CREATE = (
     " joined INTEGER NOT NULL, data BLOB NOT NULL, error TEXT NOT NULL, stored_ms INTEGER NOT NULL,"
     " recorded_ms INTEGER NOT NULL, PRIMARY KEY (stream, created, sequence))",
 )
+
+# What is lost when a table of that name (without PREFIX) is made anew.
+_LOST = {
+    "meta": "what this node knew of itself: it counts as new, publishes again, and forgets what it had missed",
+    "position": "how far the streams were read: they are read again",
+    "table": "which tables were captured: they are looked through",
+    "join": "which pending changes belong together: a transaction may arrive elsewhere in parts",
+    "sparse": "which columns are older than their row: an older value may take the place of a newer one",
+    "parked": "the rows that waited for the schema: the streams are read again for them",
+    "conflict": "the list of discarded rows",
+    "undecodable": "the messages that could not be read by any version",
+    "unread": "the messages of a newer version: the streams are read again for them",
+}
+
+# What waited in these is in the streams, as far as they still have it.
+_READ_AGAIN = frozenset({"parked", "unread"})
 
 
 @dataclass(slots=True)
@@ -103,10 +125,22 @@ class ForeignDatabaseError(Exception):
 
 
 def create(connection: apsw.Connection) -> None:
-    """Create what is missing. Raises ForeignDatabaseError if a newer version of this program was here."""
-    for sql in CREATE:
-        connection.execute(sql)
-    known = get_meta(connection, "format")
+    """Create what is missing, and anew what has another shape than it should.
+
+    Raises ForeignDatabaseError, with nothing changed, if a newer version of this program was here.
+    """
+    shape = [column for column, *_ in _shape(connection, f"{PREFIX}meta")]
+    known = get_meta(connection, "format") if {"name", "value"} <= set(shape) else None
+    if known is None or known == FORMAT:
+        damaged = _drop_damaged(connection)
+        for sql in CREATE:
+            connection.execute(sql)
+        if damaged & _READ_AGAIN:
+            connection.execute(f"DELETE FROM {POSITION}")
+        if "unread" in damaged:
+            set_meta(connection, "unread", 0)
+            set_meta(connection, "unread_bytes", 0)
+        known = get_meta(connection, "format")
     if known is None:
         set_meta(connection, "format", FORMAT)
         set_meta(connection, "instance_id", secrets.token_hex(16))
@@ -115,6 +149,39 @@ def create(connection: apsw.Connection) -> None:
             f"the database has tables of HarmonyLite format {known}, this version knows format {FORMAT};"
             " install the version that wrote them, or remove them with its `harmonylite cleanup --all`"
         )
+
+
+def _drop_damaged(connection: apsw.Connection) -> frozenset[str]:
+    """Names of our tables, without PREFIX, that were there in another shape."""
+    damaged = set()
+    for name, wanted in _shapes().items():
+        there = _shape(connection, name)
+        if there and there != wanted:
+            short = name[len(PREFIX) :]
+            damaged.add(short)
+            log.warning(
+                "a table of ours was damaged and is made anew",
+                extra={"fields": {"table": name, "lost": _LOST[short], "columns": [column for column, *_ in there]}},
+            )
+            connection.execute(f"DROP TABLE {quote(name)}")
+    return frozenset(damaged)
+
+
+@functools.cache
+def _shapes() -> Mapping[str, list[tuple[object, ...]]]:
+    """What our tables should look like, by name."""
+    connection = apsw.Connection(":memory:")
+    for sql in CREATE:
+        connection.execute(sql)
+    names = rows(connection, "SELECT name FROM sqlite_schema WHERE type = 'table'")
+    shapes = {name: _shape(connection, name) for (name,) in names}
+    connection.close()
+    return shapes
+
+
+def _shape(connection: apsw.Connection, name: str) -> list[tuple[object, ...]]:
+    """Name, type, NOT NULL and place in the key of each column; empty if there is no such table."""
+    return rows(connection, "SELECT name, type, \"notnull\", pk FROM pragma_table_info(?, 'main')", (name,))
 
 
 def get_meta(connection: apsw.Connection, name: str) -> object:

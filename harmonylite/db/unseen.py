@@ -78,8 +78,10 @@ class Unseen:
     # -- versions for rows that have none (see Stamping)
 
     def stamping(self) -> Stamping | None:
-        """Writer. What is to be done, or goes on; None: nothing."""
-        return None if self._database.schema is None else self._stampings.next()
+        """Writer. What is to be done, or goes on; None: nothing, for now."""
+        if self._database.schema is None or self._absorbing.recapturing.is_due(self._database.writer):
+            return None  # a row with a version (0, 0) is not taken for one that nobody has published (recapture.py)
+        return self._stampings.next()
 
     def has_stamping(self) -> bool:
         """Any thread. Whether `stamping` may be other than None."""

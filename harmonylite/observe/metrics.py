@@ -164,6 +164,10 @@ class Metrics:
         self.snapshots_taken = Counter("Snapshots taken by this node")
         self.snapshot_failures = Counter("Snapshots that this node could not take, or not store")
         self.catching_up = Gauge("1 while this node catches up from a snapshot or refills the log, else 0", 0)
+        self.catch_up_progress = Gauge(
+            "How far the present step of that is (fetching, unpacking, merging), 0 to 1; 1 when nothing is under way", 1
+        )
+        self.messages_behind = Gauge("Messages of all streams that did not take effect here yet, as far as known", 0)
         self.stream_position = StreamGauge("Sequence of the last message of the stream that took effect here")
         self.schema_mismatch_paused = Gauge("Tables whose received rows wait because the schema differs", 0)
         self.oversized_transactions = Counter("Transactions published in pieces, being over the limit")

@@ -18,8 +18,38 @@ from harmonylite.stream.lease import SnapshotRequest
 APART_S = 600.0
 # No more than so many are taken in that time, whatever is listed or asked for: each copies the whole database.
 MOST = 3
+# After the first failure.
+RETRY_S = 60.0
 # A request with this reason names the snapshot that its node is fetching.
 FETCHING = "fetching "
+
+
+class BackOff:
+    """After a failure; each further one in a row doubles the pause, up to `longest_s`."""
+
+    def __init__(self, longest_s: float) -> None:
+        self._longest_s = longest_s
+        self._failures = 0
+        self._until = 0.0
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is too early for another try."""
+        return time.monotonic() < self._until
+
+    def failed(self) -> None:
+        """A try failed."""
+        self._until = time.monotonic() + self.pause_s
+        self._failures += 1
+
+    @property
+    def pause_s(self) -> float:
+        """How long the next failure will make one wait."""
+        return min(RETRY_S * 2.0 ** min(self._failures, 16), self._longest_s)
+
+    def succeeded(self) -> None:
+        """A try went well, or there is a new reason for one."""
+        self._failures, self._until = 0, 0.0
 
 
 class Due:

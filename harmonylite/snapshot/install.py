@@ -16,6 +16,7 @@ from harmonylite.observe.log import Repeated
 from harmonylite.snapshot.choice import USELESS
 from harmonylite.snapshot.fetching import fetch, refuse
 from harmonylite.snapshot.link import Link
+from harmonylite.snapshot.listing import Listing
 from harmonylite.snapshot.manifest import in_order
 from harmonylite.snapshot.state import SnapshotState
 from harmonylite.snapshot.stores.base import StoreError
@@ -42,6 +43,7 @@ class Installer:
         self._node_id = node_id
         self._files = files
         self._state = state
+        self._listing = Listing()
         self._trouble = Repeated(log, 600.0)
 
     async def run(self, link: Link) -> None:
@@ -66,7 +68,7 @@ class Installer:
         known = [state.server_ms for state in states.values() if state.server_ms is not None]
         latest_ms = min(known, default=clock.wall_ms()) + TOLERANCE_MS
         # Last what claims to be from the future: the server's clock was ahead when it was taken.
-        manifests = in_order(await link.store.list(), latest_ms)
+        manifests = in_order(await self._listing.manifests(link), latest_ms)
         self._state.newest = manifests[0] if manifests else None
         here = self._files.downloads()
         # What was fetched, or in part, first: over a slow link there is always a newer one. The sort is stable.
@@ -80,6 +82,9 @@ class Installer:
                 await self._install(path, min([manifest.created_ms, *known]) + TOLERANCE_MS)
             except USELESS as error:
                 await refuse(self._files, self._state, manifest, error)
+            except StoreError as error:
+                self._listing.failed(error)
+                raise
             return 0.0
         await link.lease.ensure_bucket()
         await link.lease.wanted("a new node without a database", manifests[0].id if manifests else "")

@@ -56,7 +56,7 @@ class Joiner:
         await asyncio.Event().wait()
 
     async def _try(self, link: Link) -> None:
-        if self._keeper.why_not() is not None:
+        if self._keeper.why_not() is not None or self._keeper.store_is_away:
             return
         if await is_joined(self._engine):  # a snapshot was taken meanwhile
             return

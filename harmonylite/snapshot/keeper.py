@@ -19,7 +19,7 @@ from harmonylite.config.model import Snapshot as SnapshotConfig
 from harmonylite.engine import Engine
 from harmonylite.observe.log import Repeated
 from harmonylite.snapshot.choice import log_knows_since_ms
-from harmonylite.snapshot.due import APART_S, FETCHING, Due
+from harmonylite.snapshot.due import APART_S, FETCHING, BackOff, Due
 from harmonylite.snapshot.link import Link
 from harmonylite.snapshot.local import (
     copy_database,
@@ -31,6 +31,7 @@ from harmonylite.snapshot.local import (
     taken_here,
 )
 from harmonylite.snapshot.manifest import Manifest, in_order, new_id
+from harmonylite.snapshot.mirroring import Mirroring
 from harmonylite.snapshot.retention import make_room, prune
 from harmonylite.snapshot.state import SnapshotState
 from harmonylite.snapshot.stores.base import StoreError, StoreFull, StoreUnavailable
@@ -53,12 +54,10 @@ log = logging.getLogger(__name__)
 LOOK_S, LEAF_LOOK_S = 2.0, 30.0
 # The store's list is asked for at least that often, for the age that operators watch; it is known after each change.
 LIST_S = 600.0
-# After a failure; each further one in a row doubles the pause.
-RETRY_S, LONGEST_RETRY_S = 60.0, 3600.0
+# The longest pause between two tries to take one.
+LONGEST_RETRY_S = 3600.0
 # An upload that is interrupted is taken up again, after longer and longer pauses.
 LONGEST_PAUSE_S = 60.0
-# The mirror is compared that often.
-MIRROR_S = 300.0
 # The copy and its compressed form lie beside the database at the same time.
 ROOM_FACTOR = 1.6
 
@@ -93,11 +92,11 @@ class SnapshotKeeper:
         self.why_not = why_not
         self._ends = ends
         self._leaf = leaf
+        self._mirror = Mirroring(bool(config.mirror), files, state, age_s=self.age_s, leaf=leaf)
         self._link: Link | None = None
         self._one_at_a_time = asyncio.Lock()
         self._listed_at: float | None = None
-        self._not_before = 0.0
-        self._failures = 0
+        self._asking, self._taking = BackOff(LIST_S), BackOff(LONGEST_RETRY_S)
         self._trouble = Repeated(log, 600.0)
         self._due = Due(config.interval, max_entries, engine.replica.tolerance_ms)
         engine.metrics.snapshot_age_seconds.set_function(self.age_s)
@@ -116,10 +115,14 @@ class SnapshotKeeper:
     async def run(self, link: Link) -> None:
         """Until cancelled: take snapshots when they are due. Nothing that goes wrong here ends it."""
         self._link = link
+        if not link.store.costly:
+            self._asking.succeeded()  # it may have been the connection
         try:
-            await run_together(self._keep(link), self._mirror(link))
+            await run_together(self._keep(link), self._mirror.run(link))
         finally:
             self._link = None
+            if not link.store.costly:
+                self._state.unanswered = None
 
     async def _keep(self, link: Link) -> None:
         while True:
@@ -132,17 +135,28 @@ class SnapshotKeeper:
             await asyncio.sleep(LEAF_LOOK_S if self._leaf else LOOK_S)
 
     async def _round(self, link: Link) -> None:
-        if self._listed_at is None or time.monotonic() - self._listed_at > LIST_S:
-            await self.refresh(link)
-        if time.monotonic() < self._not_before or self.why_not() is not None:
+        if self._asking.waits:
+            return
+        if self._state.unanswered or self._listed_at is None or time.monotonic() - self._listed_at > LIST_S:
+            await self._list(link)
+        if self._asking.waits or self._taking.waits or self.why_not() is not None:
             return
         requests = await self._requests(link)
         if self._why_due(await self._for_this_node(requests)) is None:
             return
-        await self.refresh(link)  # somebody else may have taken one
+        await self._list(link)  # somebody else may have taken one
         reason = self._why_due(await self._for_this_node(requests))
-        if reason is not None:
+        if reason is not None and not self._asking.waits:
             await self._try(link, reason)
+
+    async def _list(self, link: Link) -> None:
+        """Ask the store what it has; if it does not say, again after longer and longer pauses."""
+        try:
+            await self.refresh(link)
+        except StoreError:
+            with contextlib.suppress(LogError):
+                if self.why_not() is None and self._why_due(await self._requests(link)) is not None:
+                    self._engine.metrics.snapshot_failures.inc(1)
 
     async def _requests(self, link: Link) -> list[SnapshotRequest]:
         await link.lease.ensure_bucket()
@@ -169,57 +183,37 @@ class SnapshotKeeper:
             self._note_failure(error)
 
     def _note_failure(self, error: Exception) -> None:
-        self._back_off()
+        self._taking.failed()
         self._state.failure = str(error) or type(error).__name__
         self._engine.metrics.snapshot_failures.inc(1)
         self._trouble.warning("no snapshot was taken; replication goes on", {"reason": self._state.failure})
 
-    def _back_off(self) -> None:
-        self._not_before = time.monotonic() + min(RETRY_S * 2**self._failures, LONGEST_RETRY_S)
-        self._failures += 1
+    @property
+    def store_is_away(self) -> bool:
+        """Whether it did not answer a short while ago."""
+        return self._asking.waits
 
     async def refresh(self, link: Link) -> list[Manifest]:
-        """Ask the store what it has."""
-        manifests = in_order(await link.store.list(), self._due.latest_ms(self.now_ms()))
+        """Ask the store what it has. Raises StoreError, which `status` shows until it answers."""
+        try:
+            listed = await link.store.list()
+        except StoreError as error:
+            self._asking.failed()
+            self._state.unanswered = str(error)
+            self._trouble.warning("the store of the snapshots cannot be asked", {"reason": str(error)})
+            raise
+        self._answered()
+        manifests = in_order(listed, self._due.latest_ms(self.now_ms()))
         newest = manifests[0] if manifests else None
         if newest is not None and self._state.newest is not None and newest.id > self._state.newest.id:
             self._state.failure = None  # another node could
         self._state.newest = newest
-        self._listed_at = time.monotonic()
         return manifests
 
-    async def _mirror(self, link: Link) -> None:
-        if not self._config.mirror:
-            await asyncio.Event().wait()
-        seen: str | None = None
-        not_before = 0.0
-        while True:
-            newest = self._state.newest
-            is_new = newest is not None and newest.id != seen and self._state.trouble is None
-            due = is_new or time.monotonic() > not_before
-            if newest is not None and not self._is_mirroring(link, newest):
-                self._state.trouble = None  # who took the newest copies all, or says that it cannot
-            elif due and newest is not None:
-                try:
-                    self._files.mirror.mkdir(exist_ok=True)
-                    copied = await link.store.mirror(self._files.mirror)
-                    if copied:
-                        log.info("snapshots copied to the mirror", extra={"fields": {"ids": copied}})
-                    seen, self._state.trouble = newest.id, None
-                except (StoreError, OSError) as error:
-                    self._state.trouble = f"the mirror of the snapshots is behind: {error}"
-                    self._trouble.warning("the mirror of the snapshots is behind", {"reason": str(error)})
-                except Exception as error:
-                    self._trouble.error("a mistake in harmonylite: the mirror fails", {"error": repr(error)})
-                finally:
-                    not_before = time.monotonic() + MIRROR_S
-                    await remove(self._files.mirror)
-            await asyncio.sleep(LOOK_S)
-
-    def _is_mirroring(self, link: Link, newest: Manifest) -> bool:
-        """The one who took it copies it; the others look now and then, in case that one is gone."""
-        age_s = self.age_s() or 0.0
-        return newest.node_id == link.settings.node_id or age_s > MIRROR_S * (4 if self._leaf else 2)
+    def _answered(self) -> None:
+        self._state.unanswered = None
+        self._asking.succeeded()
+        self._listed_at = time.monotonic()
 
     # -- on demand
 
@@ -267,7 +261,7 @@ class SnapshotKeeper:
                 await run_together(self._hold(link.lease), self._make(link, taken))
             except asyncio.CancelledError:
                 # Quickly: the lease expires by itself. Over a link that does not hold, a copy each time wears the card.
-                self._back_off()
+                self._taking.failed()
                 raise
             except BaseException:
                 await self._release(link.lease)
@@ -281,7 +275,8 @@ class SnapshotKeeper:
                 if not (await is_joined(self._engine) or await self.to_merge(link, await self.refresh(link))):
                     await set_joined(self._engine)
             self._engine.metrics.snapshots_taken.inc(1)
-            self._state.failure, self._failures, self._not_before = None, 0, 0.0
+            self._state.failure = None
+            self._taking.succeeded()
             fields = {
                 "id": manifest.id,
                 "size": megabytes(manifest.size),
@@ -346,15 +341,18 @@ class SnapshotKeeper:
             ),
             unversioned=with_unversioned,
         )
-        if not await is_joined(engine):
-            known = await taken_here(engine) & {each.id for each in await link.store.list()}
-            await note_taken(engine, {*known, manifest.id})
         in_use = await self._in_use(link)
+        if not await is_joined(engine):
+            listed = await link.store.list()
+            known = await taken_here(engine) & {each.id for each in listed}
+            await note_taken(engine, {*known, manifest.id})
+            # The rows that this node lacks of them may be in nothing else: see `join`.
+            in_use |= {each.id for each in await self.to_merge(link, listed)}
         await self._upload(link, manifest, in_use)
         taken.append(manifest)
         self._due.taken()
         self._state.newest, self._state.in_mirror = manifest, False
-        self._listed_at = time.monotonic()
+        self._answered()
         try:
             await prune(link.store, self._config.retain, in_use | {manifest.id}, self._due.latest_ms(server_ms))
         except StoreError as error:

@@ -12,6 +12,7 @@ from harmonylite.catchup import CatchUp
 from harmonylite.engine import Engine
 from harmonylite.observe.log import Repeated
 from harmonylite.snapshot.link import Link
+from harmonylite.snapshot.listing import Listing
 from harmonylite.snapshot.state import SnapshotState
 from harmonylite.snapshot.stores.base import StoreError
 from harmonylite.snapshot.workfiles import SnapshotFailed
@@ -19,7 +20,7 @@ from harmonylite.stream.log import LogError
 
 log = logging.getLogger(__name__)
 
-# Between two looks; the list of snapshots is asked for only while something is missing.
+# Between two looks; the list of snapshots is asked for only while something is missing, seldom where that is costly.
 LOOK_S = 10.0
 
 
@@ -30,6 +31,7 @@ class Mender:
         self._engine = engine
         self._catch_up = catch_up
         self._state = state
+        self._listing = Listing()
         self._trouble = Repeated(log, 600.0)
 
     async def run(self, link: Link) -> None:
@@ -46,7 +48,7 @@ class Mender:
 
     async def _mend(self, link: Link, hole: str) -> None:
         missed = self._engine.replica.completeness.hole_ends
-        if await self._catch_up.merge_another(link, in_step=False, missed=missed):
+        if await self._listing.due(link) and await self._catch_up.merge_another(link, in_step=False, missed=missed):
             if not self._engine.replica.completeness.hole:  # else the stream has passed what was fetched
                 log.info("what was missed came with a snapshot", extra={"fields": {"hole": hole}})
             return

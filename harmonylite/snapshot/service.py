@@ -71,6 +71,7 @@ class SnapshotService:
         self._installer = Installer(config.db_path, config.node_id, self._files, self.state)
         self._link: Link | None = None
         self._saving: asyncio.Task[Manifest] | None = None
+        engine.metrics.catch_up_progress.set_function(self.state.progress)
 
     def start(self) -> None:
         """Remove what a killed daemon left, except what catching up can use again."""
@@ -123,10 +124,11 @@ class SnapshotService:
         """Make the first database of a new node, unless the application does; returns when it is there."""
         if not (self._enabled and self._config.replicate):
             await asyncio.Event().wait()
-        link = self._open(client, settings)
+        link = self._link = self._open(client, settings)
         try:
             await self._installer.run(link)
         finally:
+            self._link = None
             await link.store.close()
 
     async def may_read(self) -> None:
@@ -175,7 +177,8 @@ class SnapshotService:
         """What an operator should know, beside catching up."""
         state = self.state
         failure = f"no snapshot was taken: {state.failure}" if state.failure else None
-        return [text for text in (failure, state.trouble) if text]
+        unanswered = f"the store of the snapshots cannot be asked: {state.unanswered}" if state.unanswered else None
+        return [text for text in (unanswered, failure, state.trouble) if text]
 
     def handlers(self) -> dict[str, Any]:
         """Commands of the control socket."""
@@ -191,8 +194,15 @@ class SnapshotService:
         if self._saving is not None and not self._saving.done():
             return {"started": False}
         force = bool(request.get("force"))
+        if not self._config.db_path.exists():
+            raise ControlError("there is no database yet, of which a snapshot could be taken")
         if self._link is None:
-            raise ControlError("this node is not connected to NATS: no snapshot can be stored now")
+            opened = self._engine.replica.known_schema is not None
+            raise ControlError(
+                "this node is not connected to NATS: no snapshot can be stored now"
+                if opened
+                else "the database is not open yet: no snapshot can be taken now"
+            )
         if not force and (reason := self._why_not()) is not None:
             raise ControlError(f"this node's state is not complete, so it takes no snapshot: {reason}")
         self._saving = asyncio.create_task(self._save(force))

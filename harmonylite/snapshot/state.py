@@ -32,8 +32,8 @@ class SnapshotState:
     """newest: in the store, as far as known; store: its name; in_mirror: `newest` was found in the mirror, because the
     store has none or is away; taking, catching_up: what is being done now, for people; fraction: how far the present
     step of catching up is, 0 to 1; failure: why the last snapshot could not be taken; trouble: why the mirror is
-    behind; damage: what is wrong with this node's own database; refused: by id, snapshots that turned out to be of no
-    use here."""
+    behind; unanswered: why the store did not say what it has; damage: what is wrong with this node's own database;
+    refused: by id, snapshots that turned out to be of no use here."""
 
     store: str
     in_mirror: bool = False
@@ -43,6 +43,7 @@ class SnapshotState:
     fraction: float | None = None
     failure: str | None = None
     trouble: str | None = None
+    unanswered: str | None = None
     damage: str | None = None
     refused: dict[str, Refusal] = field(default_factory=dict)
 
@@ -77,6 +78,10 @@ class SnapshotState:
 
         self.fraction = None
         return report
+
+    def progress(self) -> float:
+        """How far the present step of catching up is: 0 while nobody knows, as when waiting; 1 if there is none."""
+        return 1.0 if self.catching_up is None else self.fraction or 0.0
 
     def caught_up(self) -> None:
         """Nothing is being done about a gap."""

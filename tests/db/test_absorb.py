@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import apsw
 import pytest
 
 from harmonylite.db import versions
+from harmonylite.db.absorbing import LEAST_ROWS
 from harmonylite.db.versions import Correction
 from harmonylite.model import Position, Version
+from harmonylite.pace import AIM_S
 from tests.db.conftest import MakeNode
 from tests.db.harness import CREATED, DAY_MS, EPOCH_MS, STREAM, Clock, deleted, exchange, removed, stamp, written, wrote
 
@@ -383,7 +386,7 @@ def test_pieces_grow_with_an_application_that_never_pauses(make: MakeNode) -> No
     else:
         pytest.fail("the log is never empty")
     for number in range(20, 30):  # once it pauses, the lock is as short again
-        node.sql(insert_many(10, number * 2 * size))
+        node.sql(insert_many(1, number * 2 * size))
         node.replica.absorb()
     node.sql(insert_many(3 * size, 100 * size))
     assert node.replica.absorb() <= size
@@ -397,6 +400,49 @@ def test_pieces_of_a_long_log_stay_small(make: MakeNode) -> None:
         node.sql(insert_many(versions.ABSORB_ROWS // 3, versions.ABSORB_ROWS * number))
         taken.append(node.replica.absorb())
     assert max(taken) <= versions.ABSORB_ROWS
+
+
+def test_pieces_that_are_rolled_back_do_not_grow(make: MakeNode) -> None:
+    """A disk that is full for an hour: each try finds the log as long as before, not longer."""
+    node = make(1, PLAIN)
+    size = versions.ABSORB_ROWS
+    node.sql(insert_many(size * 6))
+    assert node.replica.absorb() == size
+    for _ in range(10):
+        with pytest.raises(apsw.FullError), node.replica.transaction():
+            node.replica.absorbing.piece(None)
+            raise apsw.FullError
+    assert node.replica.absorb() <= size
+
+
+def test_pieces_shrink_where_they_hold_the_lock_for_long(make: MakeNode) -> None:
+    """Growing with an application that never pauses comes before that."""
+    node = make(1, PLAIN)
+    absorbing, size = node.replica.absorbing, versions.ABSORB_ROWS
+    node.sql(insert_many(4 * size))
+    assert node.replica.absorb() == size
+    absorbing.took(size, 10 * AIM_S)
+    assert node.replica.absorb() == size // 10
+    absorbing.took(size // 10, AIM_S)
+    assert node.replica.absorb() == size // 10
+    absorbing.took(size // 10, 1000 * AIM_S)
+    assert node.replica.absorb() == LEAST_ROWS
+    absorbing.took(LEAST_ROWS, AIM_S / 10)
+    assert node.replica.absorb() == 2 * LEAST_ROWS
+    for _ in range(10):
+        absorbing.took(1, AIM_S / 100)
+    assert node.replica.absorb() == 2 * LEAST_ROWS, "a few rows tell nothing of so many"
+    for doublings in range(10):
+        absorbing.took(LEAST_ROWS << doublings, AIM_S / 10)
+    assert node.replica.absorb() == size
+    absorbing.took(size, 10 * AIM_S)
+    for number in range(5, 20):
+        node.sql(insert_many(2 * size, number * 2 * size))
+        absorbing.took(node.replica.absorb(), 10 * AIM_S)
+        if not node.replica.logged():
+            break
+    else:
+        pytest.fail("the log is never empty")
 
 
 def test_apply_absorbs_a_log_of_any_length_first(make: MakeNode) -> None:

@@ -324,3 +324,37 @@ def test_i10_concurrent_writes_of_the_same_content_lose_nothing(make: MakeNode) 
         node.sql("INSERT INTO t VALUES (1, 'same')")
     exchange(a, b)
     assert a.conflicts() == b.conflicts() == []
+
+
+def test_i10_a_child_of_a_parent_that_was_deleted_elsewhere_stays_and_is_listed(make: MakeNode) -> None:
+    script = """CREATE TABLE parent (id INTEGER PRIMARY KEY);
+    CREATE TABLE t (id INTEGER PRIMARY KEY, v REFERENCES parent ON DELETE CASCADE)"""
+    a, b = make(1, script), make(2, script)
+    a.sql("INSERT INTO parent VALUES (1)")
+    exchange(a, b)
+    a.sql("DELETE FROM parent")
+    b.sql("INSERT INTO t VALUES (10, 1)")
+    exchange(a, b)
+    for node in (a, b):
+        assert (node.rows("t"), node.rows("parent")) == ([(10, 1)], [])
+        listed = [(table, key, reason, row) for table, key, _, reason, row in node.conflicts()]
+        assert listed == [("t", (10,), "orphan: its parent in parent was deleted", {"id": 10, "v": 1})]
+
+
+def test_i8_of_the_applications_triggers_only_those_of_unreplicated_tables_run(
+    make: MakeNode, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = f"""{PLAIN}; CREATE TABLE words (word); CREATE TABLE audit (id INTEGER PRIMARY KEY, what);
+    CREATE TRIGGER index_it AFTER INSERT ON t BEGIN INSERT INTO words VALUES (NEW.v); END;
+    CREATE TRIGGER audit_it AFTER INSERT ON t BEGIN INSERT INTO audit VALUES (NEW.id, 'insert'); END;
+    CREATE TRIGGER refuse_it BEFORE INSERT ON t WHEN NEW.v = 'refused' BEGIN SELECT RAISE(ABORT, 'no'); END;
+    CREATE TRIGGER both AFTER INSERT ON t BEGIN
+        INSERT INTO words VALUES ('both'); INSERT INTO audit VALUES (-NEW.id, 'both'); END"""
+    node = make(1, script)
+    node.apply(wrote("t", IDV, ((1, "fine"), stamp(1, 2)), ((2, "refused"), stamp(1, 2))))
+    assert node.rows("t") == [(1, "fine"), (2, "refused")]
+    assert node.rows("words") == [("fine",), ("refused",)]
+    assert node.rows("audit") == []
+    assert [vars(each)["fields"]["trigger"] for each in caplog.records if "trigger does not run" in each.message] == [
+        "both"
+    ]

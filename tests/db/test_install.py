@@ -8,11 +8,12 @@ from pathlib import Path
 import apsw
 import pytest
 
+from harmonylite.db import tables
 from harmonylite.db.cleanup import cleanup
 from harmonylite.db.database import PositionsLostError
 from harmonylite.db.replica import Replica, ReplicaSettings
 from harmonylite.db.tables import ForeignDatabaseError
-from harmonylite.model import Version
+from harmonylite.model import Undecodable, Unread, Version
 from tests.db.conftest import MakeNode
 from tests.db.harness import EPOCH_MS, STREAM, Killer, Node, ours, removed, stamp, written, wrote
 
@@ -26,36 +27,97 @@ def wake(node: Node) -> None:
     node.apply(wrote("t", IDV, ((99, "wake"), stamp(1, 2))))
 
 
-OURS = ("meta", "position", "join", "sparse", "parked", "conflict", "undecodable", "t_version", "table", "t_change_log")
+OURS = ("t_version", "t_change_log", *(name.removeprefix("__harmonylite__") for name in tables._shapes()))
+
+# The table is gone, or has other columns than it should.
+DAMAGE = {
+    "missing": "DROP TABLE {0}",
+    "other columns": "DROP TABLE {0}; CREATE TABLE {0} (x, y); INSERT INTO {0} VALUES (1, 2)",
+    "a column more": "ALTER TABLE {0} ADD COLUMN more",
+}
 
 
+@pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("name", OURS)
-def test_i3_any_table_of_ours_that_is_missing_is_rebuilt_without_loss(make: MakeNode, name: str) -> None:
+def test_i3_any_table_of_ours_that_is_missing_or_damaged_is_rebuilt_without_loss(
+    make: MakeNode, name: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     node, other = make(1, PLAIN), make(2, PLAIN)
     node.sql("INSERT INTO t VALUES (1, 'pending')")
     node.absorb()
     node.sql("INSERT INTO t VALUES (2, 'logged')")
     node.stop() if name != "t_change_log" else node.replica.close()
-    node.app.execute(f'DROP TABLE "__harmonylite__{name}"')
+    node.app.execute(DAMAGE[damage].format(f'"__harmonylite__{name}"'))
     node.start()
     assert f"__harmonylite__{name}" in ours(node)
+    warned = [r for r in caplog.records if r.message == "a table of ours was damaged and is made anew"]
+    assert len(warned) == (damage != "missing" and not name.startswith("t_"))
     other.apply(*node.publish())
     assert other.rows("t") == [(1, "pending"), (2, "logged")]
     node.sql("INSERT INTO t VALUES (3, 'after')")
     other.apply(*node.publish())
     assert (3, "after") in other.rows("t")
+    everything_works(node)
 
 
-@pytest.mark.parametrize("change", ["", "ALTER TABLE t ADD COLUMN w"])
-def test_a_start_takes_what_was_logged_at_once_only_if_it_has_to(make: MakeNode, change: str) -> None:
-    """A long log would keep the application from its lock for seconds; while the schema is as it was, it can wait."""
+def everything_works(node: Node) -> None:
+    """What uses those tables that are empty most of the time."""
+    missing = wrote("t", (*IDV, "w"), ((7, "seven", "w"), stamp(EPOCH_MS, 2)))
+    node.apply(missing, wrote("elsewhere", IDV, ((1, "x"), stamp(EPOCH_MS, 2))))
+    assert node.replica.parked() == 2
+    bad = Undecodable(node.received + 1, b"no message", "no version can read it")
+    newer = Undecodable(node.received + 2, b"\x09", "of a newer version", Unread(EPOCH_MS, 9, joined=True))
+    node.deliver((), [bad, newer])
+    assert node.replica.completeness.unread_messages == 1
+    node.sql("INSERT INTO t VALUES (8, 'here')")
+    node.absorb()
+    node.sql("UPDATE t SET v = 'again' WHERE id = 8")
+    node.publish()
+    node.apply(wrote("t", ("id",), ((8,), stamp(node.clock.now_ms + 1_000, 2))))
+    assert node.query(f"SELECT col FROM {tables.SPARSE}") == [("v",)]
+    node.apply(wrote("t", IDV, ((8, "there"), stamp(node.clock.now_ms + 2_000, 3))))
+    assert [conflict[3] for conflict in node.conflicts()] == ["concurrent write"]
+    assert node.replica.position(STREAM) is not None
+    node.sql("ALTER TABLE t ADD COLUMN w")
+    wake(node)
+    assert (7, "seven", "w") in node.rows("t")
+
+
+@pytest.mark.parametrize(
+    ("change", "waits"), [("", True), ("ALTER TABLE t ADD COLUMN w", True), ("CREATE TABLE z (id PRIMARY KEY)", False)]
+)
+def test_a_start_takes_what_was_logged_at_once_only_if_it_has_to(make: MakeNode, change: str, waits: bool) -> None:
+    """A long log would keep the application from its lock for seconds; while capture is as it was, it can wait."""
     node = make(1, PLAIN)
     node.stop()
     node.sql("INSERT INTO t VALUES (1, 'logged')")
     node.sql(change)
     node.start()
-    assert node.replica.logged() == (0 if change else 1)
+    assert node.replica.logged() == (1 if waits else 0)
     assert len(written(node.publish(), "t")) == 1
+
+
+def test_a_table_that_is_left_out_does_not_have_all_absorbed_at_once_at_each_start(make: MakeNode) -> None:
+    node = make(1, f"{PLAIN}; CREATE TABLE u (id INTEGER PRIMARY KEY)")
+    node.sql("INSERT INTO u VALUES (1)")
+    node.restart(exclude=("u",))
+    assert node.query('SELECT count(*) FROM "__harmonylite__u_version"') == [(1,)], "what was logged of it is not lost"
+    node.stop()
+    node.sql("INSERT INTO t VALUES (1, 'logged')")
+    node.start()
+    assert node.replica.logged() == 1
+    node.restart(exclude=())
+    assert len(written(node.publish(), "u")) == 1
+
+
+def test_i6_what_is_logged_comes_before_parked_rows_that_fit_now(make: MakeNode) -> None:
+    node = make(1, PLAIN)
+    node.apply(wrote("t", (*IDV, "w"), ((1, "parked", 5), stamp(2000, 2))))
+    node.sql("INSERT INTO t VALUES (1, 'logged')")
+    node.sql("ALTER TABLE t ADD COLUMN w")
+    node.replica.follow_schema()
+    assert node.replica.parked() == 0
+    assert node.rows("t") == [(1, "logged", None)]
 
 
 def test_a_lost_trigger_means_that_anything_may_have_changed(make: MakeNode) -> None:
@@ -313,6 +375,36 @@ def test_a_newer_format_is_refused(make: MakeNode) -> None:
         node.start()
     node.app.execute("""UPDATE "__harmonylite__meta" SET value = 1 WHERE name = 'format'""")
     node.start()
+
+
+def test_tables_of_a_newer_format_are_not_taken_for_damaged(make: MakeNode, caplog: pytest.LogCaptureFixture) -> None:
+    node = make(1, PLAIN)
+    node.stop()
+    for name in ("meta", "parked"):
+        node.app.execute(f'ALTER TABLE "__harmonylite__{name}" ADD COLUMN of_a_later_version')
+    node.app.execute("""UPDATE "__harmonylite__meta" SET value = 99 WHERE name = 'format'""")
+    before = node.everything()
+    with pytest.raises(ForeignDatabaseError, match="format 99"):
+        node.start()
+    assert node.everything() == before
+    assert "damaged" not in caplog.text
+
+
+def test_rows_that_waited_in_a_damaged_table_are_read_again(make: MakeNode) -> None:
+    node = make(1, PLAIN)
+    waits = wrote("t", (*IDV, "w"), ((7, "seven", "w"), stamp(EPOCH_MS, 2)))
+    newer = Undecodable(2, b"\x09", "of a newer version", Unread(EPOCH_MS, 9, joined=True))
+    node.apply(waits)
+    node.deliver((), [newer])
+    node.stop()
+    for name in ("parked", "unread"):
+        node.app.execute(f'ALTER TABLE "__harmonylite__{name}" ADD COLUMN more')
+    node.start()
+    assert node.replica.position(STREAM) is None
+    node.received = 0
+    node.apply(waits)
+    node.deliver((), [newer])
+    assert (node.replica.parked(), node.replica.completeness.unread_messages) == (1, 1)
 
 
 def test_a_database_that_is_not_there_is_an_error(tmp_path: Path) -> None:

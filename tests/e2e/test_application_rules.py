@@ -211,6 +211,14 @@ def test_what_is_not_replicated(tmp_path: Path) -> None:
         assert two.execute("PRAGMA user_version") == [(0,)]
         assert two.execute("SELECT name FROM sqlite_schema WHERE name IN ('seen', 'by_v', 'passing')") == []
         assert [each["table"] for each in (one.status() or {})["skipped_tables"]] == ["keyless"]
+        with one.open_db() as db:
+            db.create_collation("icu", lambda a, b: (a > b) - (a < b))
+            db.execute("CREATE INDEX own ON text_key (v COLLATE icu)")
+        one.execute("INSERT INTO last VALUES (2)")
+        wait_same(one, two, "last")
+        [_, told] = (one.status() or {})["skipped_tables"]
+        assert told["table"] == "text_key"
+        assert told["reason"].endswith("no such collation sequence: icu")
 
 
 def test_rows_older_than_the_first_start(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ import pytest
 from harmonylite.observe.control import query
 from harmonylite.stream.log import LogSettings, StreamState, api_request, stream_state
 from tests.e2e.cluster import Node, eventually, hub_and_leaves
-from tests.e2e.writers import SCHEMA, WRITE, WriterProcess, verify, writing
+from tests.e2e.snapshots import Place, nothing_lost, save, writers_of
+from tests.e2e.writers import SCHEMA, WRITE, writing
 from tests.stream.logfixture import client
 
 
@@ -102,25 +103,61 @@ def test_what_came_in_the_place_of_a_lost_tail_is_not_missed_when_it_is_discarde
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", [0.02, 0.5, 1.0])
-def test_nothing_is_lost_with_the_tail(tmp_path: Path, share: float) -> None:
-    """Writers on all nodes; `share` of the stream's newest block is gone."""
+def test_who_alone_has_written_after_a_purge_is_killed(tmp_path: Path) -> None:
+    """It still knows that the log is the same: if it waited for a snapshot, too, nobody could take one."""
     cluster, _ = hub_and_leaves(tmp_path, SCHEMA)
+    with cluster:
+        hub, leaf, other = cluster.start().nodes.values()
+        hub.execute(WRITE, "first", 1, 1, "")
+        cluster.wait_settled()
+        leaf.stop()
+        other.stop()
+        assert purge(hub) == (2, 1)
+        hub.stop()
+        hub.start()
+        eventually(hub.settled, 30, "the hub has seen that its log is empty")
+        hub.execute(WRITE, "second", 1, 2, "")
+        eventually(lambda: len(hub.execute("SELECT id FROM item")) == 2 and hub.settled(), 30, "it is published")
+        hub.kill()
+        for node in (hub, leaf, other):
+            node.start()
+        cluster.wait_settled()
+        assert [len(node.execute("SELECT id FROM item")) for node in (hub, leaf, other)] == [2, 2, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "share", "snapshot"),
+    [("nats", 0.02, False), ("nats", 0.5, False), ("nats", 1.0, False), ("nats", 0.2, True), ("s3", 0.2, True)],
+    indirect=["place"],
+)
+def test_nothing_is_lost_with_the_tail(tmp_path: Path, place: Place, share: float, snapshot: bool) -> None:
+    """Writers on all nodes; `share` of the stream's newest block is gone.
+
+    snapshot: there is one from before what is lost, and all go on from that.
+    """
+    cluster, _ = hub_and_leaves(tmp_path, SCHEMA, more=place.settings)
     nodes = list(cluster.nodes.values())
-    writers = [WriterProcess(node.db, node.node_id, seed=node.node_id, pause_ms=10) for node in nodes]
+    writers = writers_of(nodes, pause_ms=10)
+
+    def merged() -> list[int]:
+        return [node.log_text().count("caught up from a snapshot") for node in nodes]
+
     with cluster:
         hub = cluster.start().nodes[1]
         with writing(writers):
-            for _ in range(2):
+            for times in (1, 2):
+                if snapshot:
+                    time.sleep(0.5)
+                    save(hub)
                 time.sleep(3)
                 size = sum(path.stat().st_size for path in hub.store.glob("jetstream/$G/streams/*-1/msgs/*.blk"))
                 lose_tail(hub, round(size * share))
                 hub.start()
                 eventually(lambda: all(node.connected() for node in nodes), 30, "all nodes are back")
-        settled = cluster.wait_settled()
-        verdict = verify(cluster.databases(), [write for writer in writers for write in writer.writes()])
+                eventually(lambda: not snapshot or min(merged()) == times, 60, "all go on from the snapshot")  # noqa: B023
+        nothing_lost(cluster, writers)
         noticed = [node.log_text().count("the log does not continue") for node in nodes]
-        print(f"{share:.0%} of the block lost, twice; noticed {noticed}; settled after {settled:.1f} s; {verdict}")
-        assert not verdict.lost, "\n".join(verdict.lost[:20])
-        assert not verdict.alien
+        print(f"{share:.0%} of the block lost, twice; noticed {noticed}, from a snapshot {merged()}")
         assert any(noticed)
+        assert any(merged()) == snapshot

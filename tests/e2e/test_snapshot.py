@@ -15,8 +15,7 @@ import pytest
 
 from tests.e2e.cluster import Node, Settings, eventually, hub_and_leaves, merged
 from tests.e2e.proxy import Link
-from tests.e2e.snapshots import SCHEMA, churn, save
-from tests.e2e.test_catchup import lose_store, shared_folder
+from tests.e2e.snapshots import SCHEMA, churn, lose_store, save, shared_folder
 from tests.e2e.writers import WRITE
 from tests.stream.support import free_port
 

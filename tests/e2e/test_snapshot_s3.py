@@ -5,45 +5,41 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.cluster import Node, Settings, eventually, hub_and_leaves, merged
+from tests.e2e.cluster import Node, eventually, hub_and_leaves, merged
 from tests.e2e.proxy import Link
-from tests.e2e.snapshots import SCHEMA, churn, save
-from tests.e2e.test_catchup import MORE_THAN_THE_STREAM_MB, lose_store, nothing_lost, reasons, small_store, writers_of
+from tests.e2e.snapshots import (
+    MORE_THAN_THE_STREAM_MB,
+    SCHEMA,
+    S3Place,
+    churn,
+    lose_database,
+    lose_store,
+    nothing_lost,
+    reasons,
+    save,
+    small_store,
+    wait_caught_up,
+    writers_of,
+)
 from tests.e2e.test_snapshot import fails, ids, succeeds
 from tests.e2e.writers import WRITE, writing
-from tests.snapshot.seaweed import BUCKET, Seaweed, seaweed_or_skip
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
-    yield from seaweed_or_skip(tmp_path_factory)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(240),
+    pytest.mark.parametrize("place", ["s3"], indirect=True),
+]
 
 
-def bucket(s3: Seaweed, folder: str, *, port: int | None = None, **snapshot: object) -> Settings:
-    return {
-        "snapshot": snapshot,
-        "snapshot.s3": {
-            "endpoint": f"127.0.0.1:{port or s3.port}",
-            "bucket": BUCKET,
-            "path": folder,
-            "access_key": "admin-key",
-            "secret": "admin-secret",
-        },
-    }
-
-
-def test_s3_as_the_only_store(tmp_path: Path, s3: Seaweed) -> None:
+def test_s3_as_the_only_store(tmp_path: Path, place: S3Place) -> None:
     """Away, beyond the log's beginning; S3 is out of reach at first, which the status says."""
-    cluster, _ = hub_and_leaves(tmp_path, SCHEMA, 1, more=bucket(s3, "only", store="s3"))
+    cluster, _ = hub_and_leaves(tmp_path, SCHEMA, 1, more=place.settings)
     hub, leaf = small_store(cluster)
-    link = cluster.proxy(s3.port)
+    link = cluster.proxy(place.service.port)
     writers = writers_of([hub, leaf])
     with cluster:
         cluster.start()
@@ -51,19 +47,19 @@ def test_s3_as_the_only_store(tmp_path: Path, s3: Seaweed) -> None:
             leaf.stop()
             churn(hub, MORE_THAN_THE_STREAM_MB)
             link.set(Link.CUT)
-            leaf.configure(merged(leaf.settings, bucket(s3, "only", port=link.port, store="s3")))
+            leaf.configure(merged(leaf.settings, place.through(link.port)))
             leaf.start()
             eventually(lambda: "waiting: " in reasons(leaf), 60, "the status says what it waits for")
             assert str(link.port) in reasons(leaf)
             link.set(Link.PASS)
-            eventually(lambda: "caught up from a snapshot" in leaf.log_text(), 90, "caught up")
+            wait_caught_up(leaf, 90)
         nothing_lost(cluster, writers)
-        assert any(key.endswith(".json") for key in s3.keys("only"))
+        assert any(key.endswith(".json") for key in place.stored())
 
 
-def test_refused_credentials(tmp_path: Path, s3: Seaweed) -> None:
+def test_refused_credentials(tmp_path: Path, place: S3Place) -> None:
     """One clear line; replication goes on."""
-    wrong = merged(bucket(s3, "refused", store="s3"), {"snapshot.s3": {"secret": "not-it"}})
+    wrong = merged(place.settings, {"snapshot.s3": {"secret": "not-it"}})
     cluster, _ = hub_and_leaves(tmp_path, SCHEMA, 1, more=wrong)
     hub = cluster.nodes[1]
     with cluster:
@@ -77,9 +73,9 @@ def test_refused_credentials(tmp_path: Path, s3: Seaweed) -> None:
         cluster.wait_settled()
 
 
-def test_all_devices_are_gone_but_the_mirror_is_there(tmp_path: Path, s3: Seaweed) -> None:
+def test_all_devices_are_gone_but_the_mirror_is_there(tmp_path: Path, place: S3Place) -> None:
     """The hub's NATS kept the snapshots, S3 the second copy: a new fleet begins with that."""
-    cluster, _ = hub_and_leaves(tmp_path, SCHEMA, 1, more=bucket(s3, "mirror", mirror="s3"))
+    cluster, _ = hub_and_leaves(tmp_path, SCHEMA, 1, more=place.through(place.service.port, mirror="s3"))
     hub, leaf = cluster.nodes.values()
     with cluster:
         cluster.start()
@@ -87,13 +83,12 @@ def test_all_devices_are_gone_but_the_mirror_is_there(tmp_path: Path, s3: Seawee
         leaf.execute(WRITE, "two", 2, 1, "x")
         cluster.wait_settled()
         taken = save(hub)
-        eventually(lambda: f"{taken}.json" in s3.keys("mirror"), 60, "it is in the mirror")
+        eventually(lambda: f"{taken}.json" in place.stored(), 60, "it is in the mirror")
         assert [each["id"] for each in listed(hub, "--mirror")] == ids(hub) == [taken]
         leaf.kill()
         lose_store(hub)
         for node in (hub, leaf):
-            for path in node.folder.glob("*app.db*"):
-                path.unlink()
+            lose_database(node)
         copy = tmp_path / "copy.db"
         succeeds(hub, "snapshot", "restore", "--to", str(copy))
         with contextlib.closing(sqlite3.connect(copy)) as plain:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.disks import small_disk
+from tests.disks import fill, small_disk
 from tests.e2e.cluster import QUICK, Cluster, Node, eventually, hub_and_leaves
 from tests.e2e.writers import SCHEMA, WRITE
 from tests.stream.support import bare_server, free_port, nats_server_binary
@@ -244,15 +243,6 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
             assert "Traceback" not in leaf.log_text()
             assert "SIGBUS" not in leaf.log_text()
             assert leaf.stop() == 0
-
-
-def fill(path: Path) -> None:
-    """Take all the room there is."""
-    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        for size in (1 << 20, 1 << 12, 1):
-            with contextlib.suppress(OSError):
-                while file.write(bytes(size)):
-                    pass
 
 
 def test_a_server_that_keeps_dying_does_not_disturb_the_application(tmp_path: Path) -> None:

@@ -39,7 +39,8 @@ ROUNDING_MS = 2
 
 @dataclass(frozen=True)
 class Write:
-    """An acknowledged write. begun_ms, done_ms: the writer's clock once it held the lock, and after COMMIT."""
+    """An acknowledged write. begun_ms, done_ms: the writer's clock once it held the lock, and after COMMIT; device:
+    whose application it was, as two may have one node id (a cloned card)."""
 
     node: int
     sequence: int
@@ -47,14 +48,15 @@ class Write:
     deleted: bool
     begun_ms: int
     done_ms: int
+    device: str = ""
 
     def line(self) -> str:
         return f"{self.node} {self.sequence} {self.key} {int(self.deleted)} {self.begun_ms} {self.done_ms}\n"
 
     @classmethod
-    def parse(cls, line: str) -> Write:
+    def parse(cls, line: str, device: str = "") -> Write:
         node, sequence, key, deleted, begun_ms, done_ms = line.split()
-        return cls(int(node), int(sequence), key, deleted == "1", int(begun_ms), int(done_ms))
+        return cls(int(node), int(sequence), key, deleted == "1", int(begun_ms), int(done_ms), device)
 
 
 def now_ms() -> int:
@@ -64,12 +66,12 @@ def now_ms() -> int:
 class Writer:
     """Random transactions: new rows, edits and deletes of rows that all nodes fight over, several rows at once."""
 
-    def __init__(self, db: Path, ledger: Path, node: int, seed: int) -> None:
+    def __init__(self, db: Path, ledger: Path, node: int, seed: int, first: int = 0) -> None:
         self._connection = sqlite3.connect(db, timeout=60, isolation_level=None)
         self._ledger = os.open(ledger, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._node = node
         self._random = random.Random(seed)
-        self._sequence = 0
+        self._sequence = first
 
     def close(self) -> None:
         self._connection.close()
@@ -124,11 +126,12 @@ def main() -> None:
     parser.add_argument("--ledger", type=Path, required=True)
     parser.add_argument("--node", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="writes are numbered from here on")
     parser.add_argument("--pause-ms", type=float, default=20.0, help="mean pause between transactions")
     arguments = parser.parse_args()
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stopping.append(number))
-    writer = Writer(arguments.db, arguments.ledger, arguments.node, arguments.seed)
+    writer = Writer(arguments.db, arguments.ledger, arguments.node, arguments.seed, arguments.first)
     pauses = random.Random(arguments.seed)
     while not stopping:
         try:
@@ -142,7 +145,8 @@ def main() -> None:
 
 @dataclass
 class WriterProcess:
-    """A writer beside a node. `environment` is added to ours (a false clock, say)."""
+    """A writer beside a node. `environment` is added to ours (a false clock, say). first: see `Writer`, for one that
+    is started again, or shares its node id; folder: of its ledger, which otherwise is beside the database."""
 
     db: Path
     node: int
@@ -150,14 +154,16 @@ class WriterProcess:
     pause_ms: float = 20.0
     environment: Mapping[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
+    first: int = 0
+    folder: Path | None = None
 
     @property
     def ledger(self) -> Path:
-        return self.db.parent / "ledger.txt"
+        return (self.folder or self.db.parent) / "ledger.txt"
 
     @property
     def output(self) -> Path:
-        return self.db.parent / "writer.log"
+        return (self.folder or self.db.parent) / "writer.log"
 
     def start(self) -> WriterProcess:
         with self.output.open("ab") as output:
@@ -165,6 +171,7 @@ class WriterProcess:
                 [
                     *(sys.executable, "-m", "tests.e2e.writers", "--db", str(self.db), "--ledger", str(self.ledger)),
                     *("--node", str(self.node), "--seed", str(self.seed), "--pause-ms", str(self.pause_ms)),
+                    *("--first", str(self.first)),
                 ],
                 cwd=_ROOT,
                 stdin=subprocess.DEVNULL,
@@ -184,7 +191,7 @@ class WriterProcess:
     def writes(self) -> list[Write]:
         """The acknowledged ones, oldest first."""
         with self.ledger.open() as lines:
-            return [Write.parse(line) for line in lines]
+            return [Write.parse(line, str(self.ledger)) for line in lines]
 
     def refused(self) -> list[str]:
         return [line for line in self.output.read_text().splitlines() if line.startswith("refused")]
@@ -259,10 +266,9 @@ def verify(databases: Sequence[Path], writes: Iterable[Write]) -> Verdict:
         for write in made:
             if write is winner:
                 continue
-            # A write begun after the version that won was not beaten by it, nor one made on the same node later.
-            if write.begun_ms > row.version_ms + ROUNDING_MS or (
-                write.node == winner.node and write.sequence > winner.sequence
-            ):
+            # A write begun after the version that won was not beaten by it, nor one made on the same device later.
+            later = (write.node, write.device) == (winner.node, winner.device) and write.sequence > winner.sequence
+            if write.begun_ms > row.version_ms + ROUNDING_MS or later:
                 lost.append(f"{key}: {write} is newer than {row}")
             else:
                 beaten += 1
@@ -279,7 +285,7 @@ def _winner(row: _Row, made: Sequence[Write]) -> Write | None:
     if row.sequence is not None:
         return next((w for w in made if (w.node, w.sequence, w.deleted) == (row.node, row.sequence, False)), None)
     fits = [w for w in made if w.node == row.node and w.deleted and w.begun_ms <= row.version_ms + ROUNDING_MS]
-    return max(fits, key=lambda write: write.sequence, default=None)
+    return max(fits, key=lambda write: (write.begun_ms, write.sequence), default=None)
 
 
 def _rows(db: Path) -> dict[str, _Row]:

@@ -135,6 +135,7 @@ def _check_burials(node: Node, snapshot: Snapshot, before: Container[tuple[Place
 def _merge(node: Node, snapshot: Snapshot, lost: bool) -> None:
     info = snapshot.info
     node.world.passed_over |= _passed_over(node, snapshot, lost)
+    node.world.claimed |= _claimed(node, snapshot)
     if info.tombstones_since_ms:
         node.world.revived |= _revived(node, snapshot)
     positions = [Position(each.stream, each.created, each.sequence, each.stored_ns) for each in info.positions]
@@ -157,6 +158,12 @@ def _revived(node: Node, snapshot: Snapshot) -> set[Place]:
     write is forgotten."""
     known = _look(node, snapshot.path)
     return {place for place in _waiting(node) if place not in known.versions and place not in known.rows}
+
+
+def _claimed(node: Node, snapshot: Snapshot) -> set[Place]:
+    """Rows of a time that the stream would have bounded."""
+    latest = node.world.server.now_ms + node.world.tolerance_ms
+    return {place for place, (version, *_) in _look(node, snapshot.path).versions.items() if version.ts > latest}
 
 
 def _passed_over(node: Node, snapshot: Snapshot, lost: bool) -> set[Place]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -290,3 +291,21 @@ def test_an_empty_bucket_name_is_the_default() -> None:
     assert open_store(config, no_client, SETTINGS) is not None
     named = open_store(Config(snapshot=Snapshot(nats=SnapshotNats(bucket=""))), no_client, SETTINGS)
     assert named._store._stream._name == "harmonylite-snapshots"  # type: ignore[attr-defined]
+
+
+def test_a_list_is_costly_when_a_costly_store_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mirror, while the store holds nothing."""
+
+    async def scenario(pair: Pair) -> None:
+        monkeypatch.setattr(pair.second.__class__, "costly", property(lambda store: store is pair.second))
+        await pair.store.list()
+        assert pair.store.costly
+        await pair.store.upload(pair.manifest, pair.source)
+        await pair.store.list()
+        assert not pair.store.costly
+        pair.first.reachable = False
+        with contextlib.suppress(StoreUnavailable):
+            await pair.store.list()
+        assert pair.store.costly
+
+    in_both(scenario, tmp_path)

@@ -79,3 +79,17 @@ def test_the_account_s_limit_bounds_what_nobody_else_does(tmp_path: Path) -> Non
 
     with running(server):
         asyncio.run(scenario())
+
+
+def test_a_stream_is_bounded_by_bytes_alone(tmp_path: Path) -> None:
+    """Not by `max_entries`, which makes a snapshot due: what nobody else has read yet would be discarded."""
+
+    async def scenario() -> None:
+        async with client(server.url) as connection:
+            await ensure_streams(connection, replace(SETTINGS, max_bytes=50 * MB))
+            config = (await connection.jetstream().stream_info(STREAM)).config
+            assert (config.max_msgs, config.max_msgs_per_subject, config.max_age) == (-1, -1, 0)
+            assert (config.retention, config.discard, config.max_bytes) == ("limits", "old", 50 * MB)
+
+    with single_server(tmp_path / "s") as server:
+        asyncio.run(scenario())

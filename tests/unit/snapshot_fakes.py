@@ -42,7 +42,7 @@ def stream(first: int, last: int, created: str = CREATED) -> StreamState:
 @dataclass
 class Store:
     """room: bytes in all. on_transfer: called in the middle of an upload or a download. given_up: bytes of uploads
-    that nobody goes on with, by id."""
+    that nobody goes on with, by id; lists: how often it was asked."""
 
     folder: Path
     room: int = 1 << 30
@@ -52,8 +52,11 @@ class Store:
     downloads: list[str] = field(default_factory=list)
     torn: set[str] = field(default_factory=set)
     given_up: dict[str, int] = field(default_factory=dict)
+    costly: bool = False
+    lists: int = 0
 
     async def list(self) -> Manifests:
+        self.lists += 1
         if self.trouble is not None:
             raise self.trouble
         return sorted(self.manifests, key=Manifest.sort_key, reverse=True)

@@ -22,6 +22,7 @@ from harmonylite.model import Delivery, Position, Undecodable, Unread
 from harmonylite.snapshot import mend, state, workfiles
 from harmonylite.snapshot.due import FETCHING
 from harmonylite.snapshot.keeper import SnapshotKeeper
+from harmonylite.snapshot.listing import Listing
 from harmonylite.snapshot.manifest import Manifest
 from harmonylite.snapshot.mend import Mender
 from harmonylite.snapshot.state import SnapshotState
@@ -798,5 +799,95 @@ def test_a_delete_that_could_not_be_read_and_is_forgotten_stays_one(tmp_path: Pa
             assert not await it.bridge(TRIMMED)
             assert it.node.rows() == {}
             assert await it.node.engine.pending() == 0, "it comes back everywhere"
+
+    asyncio.run(main())
+
+
+def test_a_costly_store_is_asked_when_that_is_due_and_the_others_all_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The request expires within seconds, so it is repeated at each look; a list of S3 is a process each time."""
+
+    async def main() -> None:
+        async with bench(tmp_path) as it:
+            asked = [True]
+
+            async def due(*_: object) -> bool:
+                return bool(asked) and asked.pop()
+
+            monkeypatch.setattr(Listing, "due", due)
+            await it.snapshot(50)
+            it.store.lists = 0
+            async with it.waiting(TRIMMED) as task:
+                await until(lambda: len(it.lease.wishes) > 3)
+                assert it.store.lists == 1
+                await it.snapshot(160)
+                it.store.lists = 0
+                said = len(it.lease.wishes)
+                await until(lambda: len(it.lease.wishes) > said + 3)
+                assert (it.store.lists, task.done()) == (0, False)
+                asked.append(True)
+                await asyncio.wait_for(task, 5)
+            assert await it.node.position() == 160
+
+    asyncio.run(main())
+
+
+def test_a_snapshot_that_cannot_be_fetched_is_not_tried_at_every_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3 lists it, and goes away."""
+
+    async def main() -> None:
+        async with bench(tmp_path) as it:
+            asked, answers = [True], 0
+
+            async def due(*_: object) -> bool:
+                nonlocal answers
+                answers += 1
+                return bool(asked) and asked.pop()
+
+            def away() -> None:
+                raise StoreUnavailable("s3.example does not answer")
+
+            monkeypatch.setattr(Listing, "due", due)
+            await it.snapshot(150)
+            it.store.on_transfer = away
+            async with it.waiting(TRIMMED) as task:
+                await until(lambda: answers > 3)
+                assert len(it.store.downloads) == 1
+                assert it.state.catching_up == "waiting: s3.example does not answer"
+                it.store.on_transfer = lambda: None
+                asked.append(True)
+                await asyncio.wait_for(task, 5)
+            assert await it.node.position() == 150
+
+    asyncio.run(main())
+
+
+def test_while_something_is_missing_the_others_are_asked_again_without_a_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mend, "LOOK_S", 0.02)
+
+    async def main() -> None:
+        async with bench(tmp_path) as it:
+            asked = [True]
+
+            async def due(*_: object) -> bool:
+                return bool(asked) and asked.pop()
+
+            monkeypatch.setattr(Listing, "due", due)
+            replica = it.node.engine.replica
+            await it.node.engine.write(lambda: replica.completeness.note_hole("messages 11 to 99 were discarded"))
+            await it.node.at(120)
+            running = asyncio.create_task(Mender(it.node.engine, it.catch_up, it.state).run(it.link))
+            await until(lambda: len(it.lease.wishes) > 3)
+            assert it.store.lists == 1
+            await it.snapshot(150)
+            asked.append(True)
+            await until(lambda: replica.completeness.incomplete is None)
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
 
     asyncio.run(main())

@@ -597,3 +597,28 @@ def test_times_that_no_calendar_has() -> None:
         "1 d 1 h",
         "0 s",
     ]
+
+
+def test_a_table_that_needs_the_applications_own_collation_is_told_and_why_its_rows_wait(
+    cli: Any, folder: Path
+) -> None:
+    application = apsw.Connection(str(folder / "app.db"))
+    application.createcollation("icu", lambda a, b: (a > b) - (a < b))
+    application.execute("CREATE INDEX by_item ON orders (item COLLATE icu)").fetchall()
+    application.close()
+    replica = Replica(folder / "app.db", ReplicaSettings(node_id=7))
+    replica.open()
+    changes = TableChanges("orders", ("id",), ("id", "item"), ((3, "x"),), (Stamp(9, 3, 0, 0, 0),))
+    position = Position("harmonylite-changes-1", "2024-01-01T00:00:00Z", 10, 1)
+    replica.apply(Delivery(position, (ReceivedGroup(Group(3, 2, (changes,)), 10, 1_700_000_000_000),)))
+    replica.close()
+    first, written, waits, last = cli("parked", "--table", "orders")[1].splitlines()
+    assert first.endswith("orders (3)  does not fit: no such collation sequence: icu")
+    assert "written by node 3" in written
+    assert (
+        waits == "    waits until no index, CHECK or generated column of its table needs what only the application has"
+    )
+    assert last == "    id=3, item='x'"
+    [warned] = [line for line in cli("doctor")[1].splitlines() if "orders: what other nodes write to it waits" in line]
+    assert warned.startswith("warn  tables")
+    assert "no such collation sequence: icu" in warned

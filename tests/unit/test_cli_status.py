@@ -238,3 +238,15 @@ def test_doctor_fails_when_the_daemon_is_unhealthy(path: Path, capsys: pytest.Ca
     assert code == 1
     found = {(check["check"], check["level"]) for check in json.loads(out)}
     assert {("daemon", "fail"), ("capture", "fail")} <= found
+
+
+def test_a_node_without_a_snapshot_says_so(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def shown(**changes: object) -> dict[str, str]:
+        with daemon(path, {"status": lambda: node(**changes).to_json()}):
+            return lines(run(path, capsys, "status")[1])
+
+    assert shown()["snapshot"] == "none yet"
+    assert shown(nats_connected=False)["snapshot"] == "none known", "the store was not asked"
+    file = path.parent / "config.toml"
+    file.write_text(file.read_text() + "[snapshot]\nenabled = false\n")
+    assert "snapshot" not in shown()

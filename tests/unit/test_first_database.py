@@ -24,6 +24,7 @@ from harmonylite.snapshot.due import FETCHING
 from harmonylite.snapshot.install import Installer
 from harmonylite.snapshot.join import Joiner
 from harmonylite.snapshot.keeper import SnapshotKeeper
+from harmonylite.snapshot.listing import Listing
 from harmonylite.snapshot.local import has_unversioned, is_joined
 from harmonylite.snapshot.manifest import Manifest
 from harmonylite.snapshot.state import SnapshotState
@@ -555,5 +556,31 @@ def test_the_mark_of_having_joined_is_in_the_database(tmp_path: Path) -> None:
             await node.engine.write(lambda: unversioned.set_joined(node.engine.replica))
         async with opened(tmp_path / "one") as node:
             assert await is_joined(node.engine)
+
+    asyncio.run(main())
+
+
+def test_a_new_node_asks_a_costly_store_when_that_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with opened(tmp_path / "one") as node:
+            bench = Bench(tmp_path)
+            asked = [True]
+
+            async def due(*_: object) -> bool:
+                return bool(asked) and asked.pop()
+
+            monkeypatch.setattr(Listing, "due", due)
+            running = asyncio.create_task(bench.installer.run(bench.link))
+            while len(bench.lease.wishes) < 4:  # the test's time limit ends it
+                await asyncio.sleep(0.01)
+            assert bench.store.lists == 1
+            await bench.fill(node)
+            said = len(bench.lease.wishes)
+            while len(bench.lease.wishes) < said + 3:
+                await asyncio.sleep(0.01)
+            assert not bench.db.exists()
+            asked.append(True)
+            await asyncio.wait_for(running, 10)
+            assert bench.db.exists()
 
     asyncio.run(main())

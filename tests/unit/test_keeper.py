@@ -11,9 +11,10 @@ import pytest
 
 from harmonylite.config.model import Snapshot as Config
 from harmonylite.model import Delivery, Position, Undecodable, Unread
-from harmonylite.snapshot import keeper, workfiles
+from harmonylite.snapshot import due, keeper, mirroring, workfiles
 from harmonylite.snapshot.due import FETCHING, MOST
 from harmonylite.snapshot.keeper import SnapshotKeeper
+from harmonylite.snapshot.local import is_joined, set_joined
 from harmonylite.snapshot.manifest import Manifest
 from harmonylite.snapshot.state import SnapshotState
 from harmonylite.snapshot.stores.base import StoreRefused, StoreUnavailable
@@ -54,7 +55,9 @@ class Bench:
 
     def again(self) -> None:
         """As a daemon that has just been started."""
-        self.state.newest, self.keeper._listed_at, self.keeper._not_before = None, None, 0.0
+        self.state.newest, self.keeper._listed_at = None, None
+        self.keeper._taking.succeeded()
+        self.keeper._asking.succeeded()
         self.keeper._due._taken.clear()
 
     def leftovers(self) -> list[str]:
@@ -473,11 +476,12 @@ def test_pauses_grow_while_a_store_refuses(tmp_path: Path) -> None:
             bench.ends[STREAM] = 100
             pauses = []
             for _ in range(9):
-                bench.keeper._not_before = 0.0
+                pauses.append(bench.keeper._taking.pause_s)
                 bench.keeper._note_failure(StoreRefused("access denied"))
-                loop = asyncio.get_running_loop()
-                pauses.append(round(bench.keeper._not_before - loop.time()))
+                assert bench.keeper._taking.waits
             assert pauses == [60, 120, 240, 480, 960, 1920, 3600, 3600, 3600]
+            bench.keeper._taking.succeeded()
+            assert (bench.keeper._taking.pause_s, bench.keeper._taking.waits) == (60, False)
 
     asyncio.run(main())
 
@@ -532,6 +536,28 @@ def test_what_is_being_fetched_stays(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_what_is_still_to_be_merged_here_stays(tmp_path: Path) -> None:
+    """Two nodes with rows from before their installation take a snapshot at the same time. They are in nothing else:
+    removed, the other node's would never come here."""
+
+    async def main() -> None:
+        async with opened(tmp_path / "one") as one, opened(tmp_path / "two", node_id=2) as two:
+            await one.at(10)
+            first = await Bench(one, tmp_path / "store").keeper.save()
+            bench = Bench(two, tmp_path / "second", retain=1)
+            bench.store.manifests = [first]
+            await asyncio.sleep(0.01)
+            second = await bench.keeper.save()
+            assert [manifest.id for manifest in await bench.store.list()] == [second.id, first.id]
+            assert not await is_joined(two.engine)
+            await set_joined(two.engine)  # by merging it
+            await asyncio.sleep(0.01)
+            third = await bench.keeper.save()
+            assert [manifest.id for manifest in await bench.store.list()] == [third.id]
+
+    asyncio.run(main())
+
+
 def test_after_the_stream_was_made_anew_its_own_messages_count(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened(tmp_path / "node") as node:
@@ -552,8 +578,8 @@ def test_a_mirror_that_is_away_is_told_and_not_asked_all_the_time(
     async def main() -> None:
         async with opened(tmp_path / "node") as node:
             bench = Bench(node, tmp_path / "store", mirror="s3")
-            monkeypatch.setattr(keeper, "LOOK_S", 0.01)
-            monkeypatch.setattr(keeper, "MIRROR_S", 0.5)
+            monkeypatch.setattr(mirroring, "LOOK_S", 0.01)
+            monkeypatch.setattr(mirroring, "MIRROR_S", 0.5)
             tries = 0
             away = True
 
@@ -566,7 +592,7 @@ def test_a_mirror_that_is_away_is_told_and_not_asked_all_the_time(
 
             bench.store.mirror = mirror  # type: ignore[method-assign]
             await bench.keeper.save()
-            running = asyncio.create_task(bench.keeper._mirror(bench.link))
+            running = asyncio.create_task(bench.keeper._mirror.run(bench.link))
             await asyncio.sleep(0.3)
             assert tries == 1
             assert bench.state.trouble == "the mirror of the snapshots is behind: s3.example does not answer"
@@ -589,14 +615,14 @@ def test_a_mirror_is_the_business_of_who_took_the_newest(tmp_path: Path, monkeyp
     async def main() -> None:
         async with opened(tmp_path / "node") as node:
             bench = Bench(node, tmp_path / "store", mirror="s3")
-            monkeypatch.setattr(keeper, "LOOK_S", 0.01)
+            monkeypatch.setattr(mirroring, "LOOK_S", 0.01)
 
             async def mirror(*_: object) -> list[str]:
                 raise StoreUnavailable("s3.example does not answer")
 
             bench.store.mirror = mirror  # type: ignore[method-assign]
             await bench.keeper.save()
-            running = asyncio.create_task(bench.keeper._mirror(bench.link))
+            running = asyncio.create_task(bench.keeper._mirror.run(bench.link))
             while bench.state.trouble is None:
                 await asyncio.sleep(0.01)
             mine = bench.state.newest
@@ -604,6 +630,82 @@ def test_a_mirror_is_the_business_of_who_took_the_newest(tmp_path: Path, monkeyp
             bench.state.newest = replace(mine, id=mine.id + "x", node_id=2)
             while bench.state.trouble is not None:  # the test's time limit ends it
                 await asyncio.sleep(0.01)
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("trouble", [StoreRefused("access denied"), StoreUnavailable("s3.example does not answer")])
+def test_a_store_that_does_not_say_what_it_has_is_told_and_not_asked_all_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: Exception
+) -> None:
+    """Each list of S3 is a process of its own; and without a list no snapshot is taken."""
+
+    async def main() -> None:
+        async with opened(tmp_path / "node") as node:
+            bench = Bench(node, tmp_path / "store")
+            failures = node.engine.metrics.snapshot_failures
+            monkeypatch.setattr(keeper, "LOOK_S", 0.005)
+            monkeypatch.setattr(due, "RETRY_S", 0.2)
+            bench.store.trouble, bench.store.costly = trouble, True
+            bench.ends[STREAM] = 50  # none is due
+            running = asyncio.create_task(bench.keeper.run(bench.link))
+            await asyncio.sleep(0.15)
+            assert bench.store.lists == 1
+            assert bench.state.unanswered == str(trouble)
+            assert failures.value == 0, "no snapshot was to be taken"
+            bench.ends[STREAM] = 100
+            await asyncio.sleep(0.25)
+            assert (bench.store.lists, failures.value) == (2, 1)
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            assert bench.state.unanswered == str(trouble)
+            running = asyncio.create_task(bench.keeper.run(bench.link))  # the link drops every minute
+            await asyncio.sleep(0.1)
+            assert bench.store.lists == 2
+            bench.store.trouble = None
+            while bench.state.unanswered is not None or not bench.store.manifests:  # the test's time limit ends it
+                await asyncio.sleep(0.005)
+            assert bench.state.failure is None
+            assert failures.value == 1
+            assert bench.keeper._asking.pause_s == due.RETRY_S
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+def test_a_snapshot_by_hand_does_not_wait_for_the_store_to_be_asked_again(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(tmp_path / "node") as node:
+            bench = Bench(node, tmp_path / "store")
+            bench.store.trouble = StoreUnavailable("s3.example does not answer")
+            assert await bench.look() == 0
+            assert bench.keeper.store_is_away
+            bench.store.trouble = None
+            await bench.keeper.save()
+            assert bench.state.unanswered is None
+            assert not bench.keeper.store_is_away
+
+    asyncio.run(main())
+
+
+def test_after_the_connection_was_lost_a_store_behind_it_is_asked_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store in NATS did not answer because there was no connection any more: that says nothing."""
+
+    async def main() -> None:
+        async with opened(tmp_path / "node") as node:
+            bench = Bench(node, tmp_path / "store")
+            bench.store.trouble = StoreUnavailable("not connected to NATS")
+            with pytest.raises(StoreUnavailable):
+                await bench.keeper.refresh(bench.link)
+            bench.store.trouble = None
+            running = asyncio.create_task(bench.keeper.run(bench.link))
+            while bench.state.unanswered is not None:
+                await asyncio.sleep(0.005)
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
 

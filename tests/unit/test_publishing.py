@@ -477,3 +477,17 @@ def test_a_held_group_that_is_stored_says_nothing_of_another_that_is_not() -> No
         assert progress.error is None
 
     asyncio.run(main())
+
+
+def test_with_a_polling_interval_changes_are_found_that_nothing_woke_for() -> None:
+    """On a file system without inotify there are no wake-ups."""
+
+    async def main() -> None:
+        database = Database({1: 10})
+        async with Connection(database) as it:
+            it.publishing.mode = Mode(replicate=False, polling_s=0.05)
+            await it.idle()
+            database.pending[2] = 10
+            await it.until(lambda: database.watermark == 2)
+
+    asyncio.run(main())

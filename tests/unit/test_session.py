@@ -207,6 +207,81 @@ def test_a_group_that_was_read_back_before_its_acknowledgement_is_published_with
     asyncio.run(main())
 
 
+class Outbox(Database):
+    """Takes note of when what is pending is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = asyncio.Event()
+
+    async def pending(self, *, held: bool = True) -> int:
+        return 0
+
+    async def held(self) -> dict[int, int]:
+        return {}
+
+    async def take_outgoing(self, after: int) -> list[Packed]:
+        self.events.append("taken from the outbox")
+        self.asked.set()
+        return []
+
+    async def release(self) -> None:
+        pass
+
+
+class SlowStream(Stream):
+    """Everything else that can go on does so before each read; it ends when the outbox was asked."""
+
+    def __init__(self, reads: Sequence[Delivery | Exception], asked: asyncio.Event) -> None:
+        super().__init__(reads)
+        self._asked = asked
+
+    async def read(self, *, max_messages: int, max_bytes: int, wait_s: float) -> Delivery:
+        for _ in range(100):
+            await asyncio.sleep(0)
+        if not self._reads:
+            await self._asked.wait()
+        return await super().read(max_messages=max_messages, max_bytes=max_bytes, wait_s=wait_s)
+
+
+def test_what_follows_in_an_emptied_log_is_durable_at_once() -> None:
+    """A noted position is lost with a kill; then nothing tells that the log is still the one that was emptied."""
+
+    async def main() -> None:
+        database = Database()
+        made = session(database)
+        made._progress.emptied[OWN] = Position(OWN, "created", 1, 1_000)
+        with pytest.raises(LogError):
+            await made._follow(cast(Any, Stream([at(1), at(2), at(3)])), OWN, 0)
+        assert database.events == ["applied 1", "applied 2", "position", "applied 3"]
+
+    asyncio.run(main())
+
+
+def test_i3_nothing_is_published_before_the_stream_was_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is pending may have been beaten or deleted since: it would come back elsewhere."""
+
+    async def nothing(*_: object) -> None:
+        pass
+
+    async def streams() -> tuple[StreamState, ...]:
+        return (state(1, 2),)
+
+    async def main() -> None:
+        database = Outbox()
+        made = session(database, Mode(publish=True, replicate=True))
+        stream = SlowStream([at(1), at(2)], database.asked)
+        monkeypatch.setattr(replication, "read_again", nothing)
+        monkeypatch.setattr(made, "_open_streams", streams)
+        monkeypatch.setattr(made, "_consumer", lambda *_: stream)
+        with pytest.raises(LogError, match="the end"):
+            await made.run()
+        first = database.events.index("taken from the outbox")
+        assert database.events[:first] == ["position", "applied 1", "applied 2"]
+
+    asyncio.run(main())
+
+
 def test_who_does_not_read_takes_the_acknowledgement_for_it() -> None:
     async def main() -> None:
         database = Database()

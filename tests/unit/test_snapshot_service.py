@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,11 @@ import pytest
 from harmonylite import catchup
 from harmonylite.catchup import Gap
 from harmonylite.config.model import Config
+from harmonylite.db.replica import Replica
+from harmonylite.observe.control import ControlError
 from harmonylite.progress import Progress
 from harmonylite.snapshot.service import SnapshotService
+from harmonylite.snapshot.stores.base import StoreRefused
 from harmonylite.snapshot.workfiles import SnapshotFailed
 from tests.unit.snapshot_fakes import STREAM, FakeLink, Lease, Node, Store, opened, stream
 
@@ -33,7 +37,8 @@ class Service(SnapshotService):
         config = Config(db_path=node.path, publish=publish)
         super().__init__(config, node.engine, self.progress, wake=lambda: None)
         folder.mkdir()
-        self.link = FakeLink(Store(folder), Lease(), lambda: stream(100, 200))
+        self.store = Store(folder)
+        self.link = FakeLink(self.store, Lease(), lambda: stream(100, 200))
         self._link = self.keeper._link = self.link
 
     async def force(self) -> object:
@@ -81,5 +86,76 @@ def test_forced_before_the_connection_has_found_the_gap(tmp_path: Path) -> None:
             await forced
             assert len(await it.link.store.list()) == 1
             assert await node.position() == 99
+
+    asyncio.run(main())
+
+
+def test_why_no_snapshot_can_be_saved_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connected, but there is nothing to copy: it is not the connection that is missing."""
+
+    async def main() -> None:
+        async with service(tmp_path) as (_, it):
+            save = it.handlers()["snapshot-save"]
+            it._link = None
+            with pytest.raises(ControlError, match="not connected to NATS"):
+                await save({})
+            with monkeypatch.context() as patch:
+                patch.setattr(Replica, "known_schema", None)
+                with pytest.raises(ControlError, match="the database is not open yet"):
+                    await save({})
+            it._link, it._config = it.link, replace(it._config, db_path=tmp_path / "none.db")
+            with pytest.raises(ControlError, match="there is no database yet"):
+                await save({})
+
+    asyncio.run(main())
+
+
+def test_a_metric_tells_how_far_catching_up_is(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with service(tmp_path) as (node, it):
+            gauge = node.engine.metrics.catch_up_progress
+            assert gauge.value == 1, "nothing is under way"
+            told = it.state.catch_up("merging snapshot x")
+            assert gauge.value == 0
+            told(250, 1000)
+            assert gauge.value == 0.25
+            it.state.catching_up = "waiting for a snapshot"
+            it.state.fraction = None
+            assert gauge.value == 0, "nobody knows for how long"
+            it.state.caught_up()
+            assert gauge.value == 1
+
+    asyncio.run(main())
+
+
+def test_at_its_start_it_removes_what_a_killed_process_left(tmp_path: Path) -> None:
+    """And keeps what catching up can use again."""
+
+    async def main() -> None:
+        async with service(tmp_path) as (node, it):
+            prefix = f".{node.path.name}.harmonylite-"
+            left = node.path.with_name(f"{prefix}upload")
+            known = "20260102T030405Z-7-1a2b3c4d"
+            download = it._files.download(known)
+            for path in (left, download):
+                path.write_bytes(b"x")
+            assert it._files.downloads() == [known]
+            it.start()
+            assert [path.exists() for path in (left, download, node.path)] == [False, True, True]
+
+    asyncio.run(main())
+
+
+def test_a_store_that_does_not_answer_concerns_the_operator(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with service(tmp_path) as (_, it):
+            assert it.concerns() == []
+            it.store.trouble = StoreRefused("access denied")
+            with pytest.raises(StoreRefused):
+                await it.keeper.refresh(it.link)
+            assert it.concerns() == ["the store of the snapshots cannot be asked: access denied"]
+            it.store.trouble = None
+            await it.keeper.refresh(it.link)
+            assert it.concerns() == []
 
     asyncio.run(main())

@@ -62,6 +62,11 @@ class SnapshotStore(Protocol):
     may take as long as it moves. All may be cancelled; what was cancelled or failed is resumed by the same call.
     """
 
+    @property
+    def costly(self) -> bool:
+        """Whether the last `list` took so much (a process of its own, requests through the Internet) that nobody should
+        ask for another every few seconds for long."""
+
     async def list(self) -> Manifests:
         """The complete snapshots, newest first. A manifest that cannot be read is logged and left out."""
 

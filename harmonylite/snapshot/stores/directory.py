@@ -51,6 +51,11 @@ class DirectoryStore:
         self._folder = folder
         self._abandoned_s = abandoned_s
 
+    @property
+    def costly(self) -> bool:
+        """See SnapshotStore."""
+        return False
+
     async def list(self) -> Manifests:
         """See SnapshotStore. A manifest whose object is missing or has another size is left out too."""
         return await in_thread(self._list, where=self._folder)

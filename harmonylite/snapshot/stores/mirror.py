@@ -51,19 +51,28 @@ class MirroredStore:
         self._retain = retain
         self._listed = listed
         self._now_ms = now_ms
+        self._second_asked = False
+
+    @property
+    def costly(self) -> bool:
+        """See SnapshotStore."""
+        return self._first.costly or (self._second_asked and self._second.costly)
 
     async def list(self) -> Manifests:
         """What the first store has; what the second has if the first has nothing, or fails."""
         found: Manifests = []
         rescued: Manifests = []
+        self._second_asked = False
         try:
             found = await self._first.list()
         except StoreError:
+            self._second_asked = True
             with contextlib.suppress(StoreError):
                 rescued = await self._second.list()
             if not rescued:
                 raise
         if not found and not rescued:
+            self._second_asked = True
             try:
                 rescued = await self._second.list()
             except StoreError as error:

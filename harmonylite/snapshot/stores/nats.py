@@ -53,6 +53,11 @@ class NatsStore:
         self._patience_s = patience_s
         self._abandoned_s = abandoned_s
 
+    @property
+    def costly(self) -> bool:
+        """See SnapshotStore."""
+        return False
+
     async def list(self) -> Manifests:
         """See SnapshotStore."""
         found: Manifests = []

@@ -25,6 +25,11 @@ class OwnSnapshots:
         self._where = where
         self._told = False
 
+    @property
+    def costly(self) -> bool:
+        """See SnapshotStore."""
+        return self._store.costly
+
     async def list(self) -> Manifests:
         """See SnapshotStore."""
         return self._own(await self._store.list())

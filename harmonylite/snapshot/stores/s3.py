@@ -66,6 +66,11 @@ class S3Store:
         self._settings = settings
         self._limits = limits
 
+    @property
+    def costly(self) -> bool:
+        """See SnapshotStore."""
+        return True
+
     async def list(self) -> Manifests:
         """See SnapshotStore. A manifest whose object is missing or has another size is left out too."""
         found: Manifests = []
