@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 CLOCK_S = 1.0
 HOURLY_S = 3600.0
+# So often it is asked whether the hourly look at old tombstones can be had: not while anything is still to be read.
+TOMBSTONES_S = 60.0
 # Rows without a key are counted that often, if anything was written: it reads an index of each table that may have any.
 UNKEYED_S = 600.0
 # Offline, a log is absorbed when it holds so many rows: then growth follows the rows changed, not the changes.
@@ -55,6 +57,7 @@ class Housekeeper:
         self._notifier = notifier
         self._refreshed = 0.0
         self._unkeyed_due = True
+        self._tombstones_due_s = 0.0
         self.touched = True
 
     async def run(self, opened: asyncio.Event, on_replaced: Callable[[], None]) -> None:
@@ -64,7 +67,7 @@ class Housekeeper:
             self._watch_file(opened, on_replaced),
             _every(DISK_S, "file system", self._look_at_disk),
             _every(CLOCK_S, "clock", self._engine.correcting.check_clock, opened),
-            _every(HOURLY_S, "tombstones", self._forget_tombstones, opened),
+            _every(TOMBSTONES_S, "tombstones", self._forget_tombstones, opened),
             _every(UNKEYED_S, "rows without a key", self._count_unkeyed, opened),
             _every(CLOCK_S, "rows to be known", self._second_look.stamp, opened),
             _every(CLOCK_S, "rebuilt tables", self._recapture, opened),
@@ -128,10 +131,13 @@ class Housekeeper:
 
     async def _forget_tombstones(self) -> None:
         """Not before everything was read: what is still to come may be older than a tombstone, and a log that is new is
-        to be filled with them again."""
+        to be filled with them again. A device that is never on for an hour has its look, too."""
         server_ms = self._engine.time.server.now_ms()
         while server_ms is not None and self._connection.connected and self._progress.in_step:
+            if time.monotonic() < self._tombstones_due_s:
+                return
             if not (forgotten := await self._engine.prune(server_ms)):
+                self._tombstones_due_s = time.monotonic() + HOURLY_S
                 return
             log.debug("tombstones forgotten", extra={"fields": {"rows": forgotten}})
 

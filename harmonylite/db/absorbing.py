@@ -21,6 +21,10 @@ T = TypeVar("T")
 # However long it takes, a piece has so many rows.
 LEAST_ROWS = 250
 
+# A piece grows to so many times what holds the lock for AIM_S, a fifth of a second, and no further: an application that
+# logs even more all the time is not published before it rests.
+MOST_TIMES = 16
+
 # Nothing is taken, and there may be something.
 _WAITING = Absorbed(0, 1, 0, ())
 
@@ -108,7 +112,7 @@ class Absorbing:
         if not self._left or self._left_at == before:
             grew = absorbed.left + absorbed.rows - self._left if self._left else 0
             if grew > absorbed.rows // 2:
-                self._times *= 2
+                self._times = min(MOST_TIMES, self._times * 2)
             elif grew <= absorbed.rows // 8:
                 self._times = max(1, self._times // 2)
         self._left, self._left_at = absorbed.left, batch

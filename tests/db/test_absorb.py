@@ -6,7 +6,7 @@ import apsw
 import pytest
 
 from harmonylite.db import versions
-from harmonylite.db.absorbing import LEAST_ROWS
+from harmonylite.db.absorbing import LEAST_ROWS, MOST_TIMES
 from harmonylite.db.versions import Correction
 from harmonylite.model import Position, Version
 from harmonylite.pace import AIM_S
@@ -435,14 +435,27 @@ def test_pieces_shrink_where_they_hold_the_lock_for_long(make: MakeNode) -> None
     for doublings in range(10):
         absorbing.took(LEAST_ROWS << doublings, AIM_S / 10)
     assert node.replica.absorb() == size
-    absorbing.took(size, 10 * AIM_S)
+    absorbing.took(size, 3 * AIM_S)
     for number in range(5, 20):
         node.sql(insert_many(2 * size, number * 2 * size))
-        absorbing.took(node.replica.absorb(), 10 * AIM_S)
+        absorbing.took(taken := node.replica.absorb(), taken / size * 3 * AIM_S)
         if not node.replica.logged():
             break
     else:
         pytest.fail("the log is never empty")
+
+
+def test_i1_pieces_grow_no_further_than_to_a_fifth_of_a_second(make: MakeNode) -> None:
+    """Absorbing is slower than the application: it comes first."""
+    node = make(1, PLAIN)
+    absorbing, size = node.replica.absorbing, versions.ABSORB_ROWS
+    node.sql(insert_many(size))
+    for number in range(1, 12):
+        node.sql(insert_many(3 * size, number * 3 * size))
+        taken = node.replica.absorb()
+        absorbing.took(taken, held_s := taken / size * 20 * AIM_S)
+        if number > 1:  # how long it takes is not known before
+            assert held_s <= MOST_TIMES * AIM_S
 
 
 def test_apply_absorbs_a_log_of_any_length_first(make: MakeNode) -> None:

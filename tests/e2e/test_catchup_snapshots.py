@@ -60,7 +60,8 @@ def test_a_damaged_snapshot_is_passed_over_for_the_next_older_one(tmp_path: Path
             begun = len(leaf.log_text())
             leaf.start()
             wait_caught_up(leaf, begun=begun)
-            assert f"another one is used id={newer}" in leaf.log_text()
+            if damage == "flip":  # else its size may tell before anything is fetched
+                assert f"another one is used id={newer}" in leaf.log_text()
             assert f"caught up from a snapshot id={older}" in leaf.log_text()
             hub.signal(signal.SIGCONT)
         nothing_lost(cluster, [hub_writer, leaf_writer], [between])

@@ -137,12 +137,40 @@ def test_tombstones_are_forgotten_only_while_everything_was_read(
             pruned.append(left.pop(0))
             return pruned[-1]
 
-    keeper = Housekeeper.__new__(Housekeeper)
-    keeper._engine = cast(Any, Engine())
-    keeper._connection = cast(Any, SimpleNamespace(connected=connected))
-    keeper._progress = Progress(in_step=in_step)
+    keeper = _keeper(Engine(), Progress(in_step=in_step), connected=connected)
     asyncio.run(keeper._forget_tombstones())
     assert pruned == forgotten
+
+
+def _keeper(engine: object, progress: Progress, *, connected: bool = True) -> Housekeeper:
+    """With no more than the tombstones take."""
+    keeper = Housekeeper.__new__(Housekeeper)
+    keeper._engine = cast(Any, engine)
+    keeper._connection = cast(Any, SimpleNamespace(connected=connected))
+    keeper._progress = progress
+    keeper._tombstones_due_s = 0.0
+    return keeper
+
+
+def test_a_device_that_is_never_on_for_an_hour_forgets_tombstones_as_soon_as_it_is_in_step() -> None:
+    looks = []
+
+    class Engine:
+        time = SimpleNamespace(server=SimpleNamespace(now_ms=lambda: 1))
+
+        async def prune(self, server_ms: int) -> int:
+            looks.append(server_ms)
+            return 0
+
+    progress = Progress(in_step=False)
+    keeper = _keeper(Engine(), progress)
+    asyncio.run(keeper._forget_tombstones())
+    assert not looks
+    progress.in_step = True
+    for _ in range(3):
+        asyncio.run(keeper._forget_tombstones())
+    assert len(looks) == 1, "once an hour is enough"
+    assert housekeeping.TOMBSTONES_S < 300 < housekeeping.HOURLY_S
 
 
 def test_forgetting_ends_with_the_connection() -> None:
@@ -157,9 +185,6 @@ def test_forgetting_ends_with_the_connection() -> None:
             progress.in_step = False
             return 2_000 if len(pruned) < 3 else 0
 
-    keeper = Housekeeper.__new__(Housekeeper)
-    keeper._engine = cast(Any, Engine())
-    keeper._connection = cast(Any, SimpleNamespace(connected=True))
-    keeper._progress = progress
+    keeper = _keeper(Engine(), progress)
     asyncio.run(keeper._forget_tombstones())
     assert pruned == [1]
