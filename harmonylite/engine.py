@@ -242,7 +242,8 @@ class Engine:
             while await self.write_gently(partial(self.replica.outgoing.release, packed.hi)):
                 pass
         self.metrics.published.inc(packed.rows)
-        self.last_published_s = packed.newest_ms / 1000
+        if packed.newest_ms > UNKNOWN_TIME_MS:
+            self.last_published_s = packed.newest_ms / 1000
         if packed.torn:
             self.metrics.oversized_transactions.inc(1)
 

@@ -55,8 +55,6 @@ class Opening:
                 await asyncio.sleep(RETRY_S)
         self._reporter.database_error = None
         tables = self._engine.replica.schema.tables
-        for skipped in self._engine.replica.skipped:
-            log.warning("table is not replicated", extra={"fields": {"table": skipped.table, "reason": skipped.reason}})
         log.info("database open, capture installed", extra={"fields": {"tables": len(tables)}})
         self.opened.set()
         await self._reporter.refresh()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 
@@ -16,6 +17,8 @@ from harmonylite.progress import Progress
 from harmonylite.snapshot.service import SnapshotService
 from harmonylite.stream.server import BundledServer
 from harmonylite.uplink import Uplink
+
+log = logging.getLogger(__name__)
 
 # So many children in a row that died within a minute: the server cannot help itself.
 DYING = 3
@@ -55,6 +58,7 @@ class Reporter:
         self._parked = 0
         self._unkeyed = 0
         self._opened = False
+        self._said_skipped: dict[str, str] = {}
         self.database_error: str | None = "not opened yet"
         self.read_only = False
         self.fault: str | None = None
@@ -73,10 +77,20 @@ class Reporter:
             self._held = await self._engine.held()
             self._parked = await self._engine.parked()
             self._opened, self.database_error = True, None
+            self._say_skipped()
         except (apsw.BusyError, apsw.LockedError):
             pass  # the application holds its lock: what was counted last is as good
         except apsw.Error as error:
             self.database_error = str(error)
+
+    def _say_skipped(self) -> None:
+        """Tables that cannot be replicated: at the start, and when the application makes another one."""
+        schema = self._engine.replica.known_schema
+        skipped = {each.table: each.reason for each in schema.skipped} if schema else self._said_skipped
+        for table, reason in skipped.items():
+            if self._said_skipped.get(table) != reason:
+                log.warning("table is not replicated", extra={"fields": {"table": table, "reason": reason}})
+        self._said_skipped = skipped
 
     async def count_unkeyed(self) -> None:
         """Rows that cannot be replicated: read from whole tables, so now and then. Raises apsw.Error."""

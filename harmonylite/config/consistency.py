@@ -14,7 +14,7 @@ from harmonylite.config.values import split_address
 _READ_LATER = ("seed_file", "ca_file", "cert_file", "key_file", "server_config", "server_binary")
 _LOOPBACK = ("localhost", "127.", "[::1]")
 # Milliseconds below which somebody may have meant seconds.
-_TOO_SHORT_MS = {"snapshot.interval": 1000, "sleep_timeout": 1000, "polling_interval": 10}
+_TOO_SHORT_MS = {"snapshot.interval": 600_000, "sleep_timeout": 1000, "polling_interval": 10}
 # What only the bundled server reads.
 _BUNDLED_ONLY = (
     "bind_address",
@@ -151,7 +151,8 @@ def _secrets_without_partner(config: Config) -> Iterator[tuple[str, str]]:
     """No mistakes: only the service may see its systemd credentials."""
     nats, s3 = config.nats, config.snapshot.s3
     if nats.user_name and not nats.user_password and not nats.user_password_file:
-        yield "nats.user_name", f"is set and no password is: {_how('nats.user_password')}"
+        then = "" if config.external or nats.server_config else ", and `run` refuses that"
+        yield "nats.user_name", f"is set and no password is{then}: {_how('nats.user_password')}"
     if "s3" not in _stores(config):
         return
     pairs = (("access_key", "secret"), ("secret", "access_key"), ("session_token", "access_key"))

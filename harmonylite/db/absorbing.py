@@ -21,9 +21,9 @@ T = TypeVar("T")
 # However long it takes, a piece has so many rows.
 LEAST_ROWS = 250
 
-# A piece grows to so many times what holds the lock for AIM_S, a fifth of a second, and no further: an application that
-# logs even more all the time is not published before it rests.
-MOST_TIMES = 16
+# A piece grows to what holds the lock for so long, and no further: an application that logs even more all the time is
+# not published before it rests.
+LONGEST_HELD_S = 0.2
 
 # Nothing is taken, and there may be something.
 _WAITING = Absorbed(0, 1, 0, ())
@@ -41,6 +41,7 @@ class Absorbing:
         self.recapturing = Recapturing(database, settings.node_id)
         self._rows = versions.ABSORB_ROWS
         self._times = 1
+        self._most = versions.UNBOUNDED_MS
         # What the last piece left, and the state's batch then.
         self._left = self._left_at = 0
 
@@ -98,11 +99,16 @@ class Absorbing:
             return _WAITING
         bound = UNBOUNDED_MS if bound_ms is None else bound_ms
         before = database.state.batch
-        absorbed, database.state = self._absorber.absorb(
-            database.writer, database.state, bound_ms=bound, correction=correction, limit=self._rows * self._times
-        )
+        taken, drained = 0, False
+        # Not a larger batch: each is one transaction for those who receive it.
+        while not drained and (not taken or taken < min(self._rows * self._times, self._most)):
+            absorbed, database.state = self._absorber.absorb(
+                database.writer, database.state, bound_ms=bound, correction=correction, limit=self._rows
+            )
+            conflicts.drop_beaten(database.writer, absorbed.tables, absorbed.batch)
+            taken, drained = taken + absorbed.rows, absorbed.drained
+        absorbed = replace(absorbed, rows=taken)
         self._keep_up(absorbed, before, database.state.batch)
-        conflicts.drop_beaten(database.writer, absorbed.tables, absorbed.batch)
         return absorbed
 
     def _keep_up(self, absorbed: Absorbed, before: int, batch: int) -> None:
@@ -112,7 +118,7 @@ class Absorbing:
         if not self._left or self._left_at == before:
             grew = absorbed.left + absorbed.rows - self._left if self._left else 0
             if grew > absorbed.rows // 2:
-                self._times = min(MOST_TIMES, self._times * 2)
+                self._times = self._times * 2 if self._rows * self._times < self._most else self._times
             elif grew <= absorbed.rows // 8:
                 self._times = max(1, self._times // 2)
         self._left, self._left_at = absorbed.left, batch
@@ -122,8 +128,11 @@ class Absorbing:
         as long as integers in their order, and boards differ as much."""
         if held_s > 1.5 * AIM_S:
             self._rows = max(LEAST_ROWS, min(self._rows, int(rows * AIM_S / held_s)))
-        elif held_s < AIM_S / 2 and rows * 2 > self._rows:  # less tells nothing of so many
+        if rows * 2 <= self._rows:
+            return  # so few tell nothing of more
+        if held_s < AIM_S / 2:
             self._rows = min(versions.ABSORB_ROWS, self._rows * 2)
+        self._most = int(rows * LONGEST_HELD_S / max(held_s, AIM_S / 10))
 
     def before(self, job: Callable[[], T], bound_ms: int | None, correction: Correction) -> T:
         """Writer. `job` in one write transaction, after everything logged was absorbed: in it, versions say what they

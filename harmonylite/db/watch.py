@@ -23,6 +23,8 @@ _EVENT = struct.Struct("iIII")  # wd, mask, cookie, length of the name
 _READ_BYTES = 65_536
 
 FALLBACK_INTERVAL_S = 0.1
+# A folder that is not there is looked for that often.
+DIRECTORY_S = 1.0
 
 
 class Watch:
@@ -42,15 +44,27 @@ class Watch:
 
     def start(self) -> None:
         try:
-            self._descriptor = _watch_directory(self._directory)
+            self._watch()
+        except FileNotFoundError:
+            self._poller = asyncio.create_task(self._wait_for_directory())
         except (OSError, ImportError, MemoryError) as error:
             log.warning(
                 "inotify is not available; the write-ahead log is polled instead",
                 extra={"fields": {"error": str(error), "interval_s": FALLBACK_INTERVAL_S}},
             )
             self._poller = asyncio.create_task(self._poll())
-            return
+
+    def _watch(self) -> None:
+        self._descriptor = _watch_directory(self._directory)
         asyncio.get_running_loop().add_reader(self._descriptor, self._readable)
+
+    async def _wait_for_directory(self) -> None:
+        """Its disk may not be mounted yet."""
+        while not self._directory.exists():
+            await asyncio.sleep(DIRECTORY_S)
+        self._poller = None
+        self.start()
+        self._on_change()
 
     async def close(self) -> None:
         if self._descriptor is not None:

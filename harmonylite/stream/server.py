@@ -204,7 +204,7 @@ class BundledServer:
         settings = self._settings
         folder = settings.data_dir
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(exist_ok=True)  # not what it is in: that is the database's folder, or a disk to be mounted
             if self._plan.jetstream:
                 folder = settings.store_dir
                 folder.mkdir(mode=0o750, exist_ok=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 from urllib.parse import quote as quote_url
 from urllib.parse import urlsplit
 
+from harmonylite.config.values import split_address
 from harmonylite.stream import nats_conf
 from harmonylite.stream.credentials import SettingsError, read_seed
 from harmonylite.stream.nats_conf import Block, quote
@@ -96,6 +97,12 @@ def _file_sizes(folder: Path) -> Iterator[int]:
                 yield Path(directory, name).stat().st_size
 
 
+def _is_open(listen: str) -> bool:
+    """Whether other machines reach an address."""
+    host = split_address(listen, any_port=True).host if listen else "localhost"
+    return host != "localhost" and not host.startswith("127.") and host != "::1"
+
+
 class _Planner:
     def __init__(self, settings: ServerSettings, version: tuple[int, int, int], max_store: int) -> None:
         self._settings = settings
@@ -149,6 +156,12 @@ class _Planner:
         if settings.user_password.startswith("$2") and settings.user_password[3:4] == "$":
             # nats-server would take it for a bcrypt hash and then refuse the very same text from a client.
             raise SettingsError("[nats] user_password is a bcrypt hash: set the password itself")
+        if any(map(_is_open, (settings.bind_address, settings.leaf_listen, settings.cluster_addr))) and not (
+            settings.user_name or settings.seed_file or self._sets(*_AUTHORIZATION) or self._verifies()
+        ):
+            self._warnings.append(
+                "the server is open to everybody who reaches it: set [nats] user_name and user_password, or seed_file"
+            )
         if settings.cluster_addr and not settings.cluster_peers:
             self._warnings.append(
                 "[nats] cluster_addr is ignored: cluster_peers does not name the other nodes, so this one runs alone"
@@ -227,9 +240,13 @@ class _Planner:
         if users:
             yield f"authorization {{ users: [ {', '.join(users)} ] }}"
 
+    def _verifies(self) -> bool:
+        """Whether who connects has to show a certificate."""
+        return bool(self._settings.cert_file and self._settings.ca_file)
+
     def _listener_tls(self) -> Iterator[str]:
         if self._settings.cert_file:
-            yield self._tls(verify=bool(self._settings.ca_file))
+            yield self._tls(verify=self._verifies())
 
     def _tls(self, *, verify: bool = False) -> str:
         settings = self._settings

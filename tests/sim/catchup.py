@@ -204,14 +204,16 @@ def _write(node: Node, merger: Merger, work: Work) -> None:
     finally:
         if node.dead:  # all of it took effect, or nothing
             seen = node.observe()
-            done = [each for each in changes if _took_effect(each, seen.versions.get(each.place, (UNVERSIONED,))[0])]
+            done = [each for each in changes if _took_effect(each, seen)]
             changes = tuple(done) if len(done) == len(changes) else ()
         _drop_forgotten(node, work, waiting)
         node.follow(changes)
 
 
-def _took_effect(change: Change, version: tuple[int, ...]) -> bool:
-    return version >= change.effective
+def _took_effect(change: Change, seen: Observed) -> bool:
+    if change.effective == UNVERSIONED and change.place not in seen.rows:
+        return False
+    return seen.versions.get(change.place, (UNVERSIONED,))[0] >= change.effective
 
 
 def _changes(node: Node, work: Work) -> Iterable[Change]:

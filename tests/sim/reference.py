@@ -135,7 +135,8 @@ class ReferenceNode:
     newest_server_ms: int = 0
     floor_ms: int = 0
     contents: dict[tuple[Place, Version], RowState | None] = field(default_factory=dict)
-    # Every write made here with the least time that it may claim: also of versions that only one transaction ever saw.
+    # Every write made here with the latest time that it may claim (the real floor is somewhere between floor_ms and the
+    # server's time): also of versions that only one transaction ever saw.
     claims: list[tuple[Place, int, RowState | None]] = field(default_factory=list)
 
     def tried(self, logged_ms: int) -> None:
@@ -147,7 +148,7 @@ class ReferenceNode:
         self.newest_own_ms = max(self.newest_own_ms, write.logged_ms)
         claims = max(write.logged_ms, self.floor_ms)
         replaced, _ = self.versions.get(write.place, (UNVERSIONED, False))
-        self.claims.append((write.place, max(claims, replaced.ts + 1), write.after))
+        self.claims.append((write.place, max(claims, self.newest_server_ms, replaced.ts + 1), write.after))
         if TABLES[write.place[0]].unique and write.before is None:
             self.dirty.pop(write.place, None)  # if it was evicted that left no trace, or a guess: it is there again
         known = self.dirty.setdefault(write.place, _Dirty(claims))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -68,6 +69,22 @@ def test_hub_has_a_domain_and_syncs_always(tmp_path: Path) -> None:
     # Not no_advertise, which shuts out leaves of 2.9 (Debian 12's, on armhf): see test_server.py.
     assert block(found, "leafnodes")["advertise"] == "127.0.0.1:1"
     assert block(accepted(plan(tmp_path, leaf_listen=":1", domain="shop"), tmp_path), "jetstream")["domain"] == "shop"
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"leaf_listen": "0.0.0.0:17422"}, True),
+        ({"leaf_listen": ":17422"}, True),
+        ({"bind_address": "[::]:14222"}, True),
+        ({"leaf_listen": "127.0.0.1:17422", "bind_address": "localhost:14222"}, False),
+        ({"leaf_listen": "0.0.0.0:17422", "user_name": "u", "user_password": "p"}, False),
+        ({"leaf_servers": ("hub:7422",)}, False),
+    ],
+)
+def test_a_server_that_is_open_to_everybody_is_told(tmp_path: Path, settings: dict[str, Any], told: bool) -> None:
+    warnings = plan(tmp_path, **settings).warnings
+    assert any("open to everybody" in each for each in warnings) == told
 
 
 def test_leaf_stores_nothing(tmp_path: Path) -> None:

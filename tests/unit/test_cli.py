@@ -192,7 +192,7 @@ def test_check_config_tells_what_is_missing_on_this_machine(cli: Any, folder: Pa
     code, _, err = cli("check-config")
     assert code == 0
     login, database = err.splitlines()
-    assert login.startswith(f"harmonylite: note: {file}:4: nats.user_name is set and no password is: set nats.user_pas")
+    assert login.startswith(f"harmonylite: note: {file}:4: nats.user_name is set and no password is, and `run` ")
     assert database.startswith(f"harmonylite: note: {file}:1: db_path its directory {folder}/gone does not exist on")
     notes = json.loads(cli("check-config", "--json")[1])["notes"]
     assert [note["key"] for note in notes] == ["nats.user_name", "db_path"]

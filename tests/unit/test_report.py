@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
 
-from harmonylite.report import LAG_LASTS_S, MOST_HELD, held_rows, present_lag
+from harmonylite.db.schema import Skipped
+from harmonylite.report import LAG_LASTS_S, MOST_HELD, Reporter, held_rows, present_lag
 
 
 @pytest.mark.parametrize(
@@ -34,3 +39,19 @@ def test_of_thousands_that_are_held_a_few_are_named() -> None:
     *named, rest = held_rows(dict.fromkeys(range(1_000), 1), {batch: f"batch {batch}" for batch in range(1_000)})
     assert named == [f"batch {batch}" for batch in range(MOST_HELD)]
     assert rest == f"{1_000 - MOST_HELD} more transactions are not published: each is larger than its stream"
+
+
+def test_a_table_that_comes_later_and_is_not_replicated_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    async def none() -> int:
+        return 0
+
+    replica = SimpleNamespace(known_schema=SimpleNamespace(skipped=[Skipped("old", "no primary key")]))
+    reporter = Reporter.__new__(Reporter)
+    reporter._engine = cast(Any, SimpleNamespace(replica=replica, pending=none, held=none, parked=none))
+    reporter._opened, reporter.database_error, reporter._said_skipped = True, None, {}
+    asyncio.run(reporter.refresh())
+    replica.known_schema.skipped.append(Skipped("new", "no primary key"))
+    asyncio.run(reporter.refresh())
+    replica.known_schema = None  # a write failed, the schema is read again
+    asyncio.run(reporter.refresh())
+    assert [cast(Any, record).fields["table"] for record in caplog.records] == ["old", "new"]
