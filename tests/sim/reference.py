@@ -316,7 +316,9 @@ class ReferenceNode:
         low = max(low, before.ts + 1)
         if may_clamp and before.node == self.node:
             low = min(low, self.newest_server_ms)
-        high = max(self.newest_own_ms, self.newest_server_ms + self.tolerance_ms, before.ts + self.absorbs)
+        # What one absorb has taken, the next one of the same call may find replaced.
+        newest_ms = self.newest_own_ms + self.absorbs - 1
+        high = max(newest_ms, self.newest_server_ms + self.tolerance_ms, before.ts + self.absorbs)
         return low, high
 
     def _check_own(self, place: Place, after: Version, bounds: tuple[int, int]) -> None:
