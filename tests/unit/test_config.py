@@ -336,7 +336,7 @@ def test_a_database_path_that_leads_nowhere_is_one_line(tmp_path: Path, given: s
         ("[nats]\nserver_config = '/no/such'", "nats.server_config", "names /no/such, and there is no such file"),
         ("[nats]\nserver_binary = '/no/such'", "nats.server_binary", "names /no/such, and there is no such file"),
         ("[nats]\nseed_file = '/'", "nats.seed_file", "names /, which is a directory and not a file"),
-        ("[nats]\nuser_name = 'u'", "nats.user_name", "no password is, and `run` refuses that: set nats.user_password or"),
+        ("[nats]\nuser_name = 'u'", "nats.user_name", "no password is, and `run` refuses that: set nats."),
         (
             "[snapshot]\nstore = 's3'\n[snapshot.s3]\nbucket = 'b'\naccess_key = 'k'",
             "snapshot.s3.access_key",
