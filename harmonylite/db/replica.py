@@ -124,10 +124,6 @@ class Replica:
         return self._database.installed()
 
     @property
-    def skipped(self) -> Sequence[Skipped]:
-        return self.schema.skipped
-
-    @property
     def unwritable(self) -> Sequence[Skipped]:
         """Any thread. Tables that rows of other nodes cannot be written to, and why."""
         return self._database.unwritable

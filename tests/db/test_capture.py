@@ -158,14 +158,14 @@ def test_key_with_the_applications_own_collation_is_skipped_loudly(make: MakeNod
     node.sql("INSERT INTO g VALUES ('a', 1)")
     node.sql("INSERT INTO t VALUES (1, 1)")
     assert written(node.publish(), "t")
-    assert [(each.table, "german" in each.reason) for each in node.replica.skipped] == [("g", True)]
+    assert [(each.table, "german" in each.reason) for each in node.replica.schema.skipped] == [("g", True)]
     assert "g" not in node.replica.schema.tables
 
 
 def test_tables_without_a_key_virtual_and_own_tables_are_left_alone(make: MakeNode) -> None:
     node = make(1, f"{PLAIN}; CREATE TABLE bare (v); CREATE VIRTUAL TABLE f USING fts5(v); CREATE VIEW w AS SELECT 1")
     assert list(node.replica.schema.tables) == ["t"]
-    assert [each.table for each in node.replica.skipped] == ["bare"]
+    assert [each.table for each in node.replica.schema.skipped] == ["bare"]
     node.sql("INSERT INTO bare VALUES (1)")
     node.sql("INSERT INTO f VALUES ('text')")
     assert node.publish() == []

@@ -53,7 +53,7 @@ def not_utf8(a: Node, b: Node) -> None:
 def test_i3_a_table_that_is_too_wide_is_skipped_loudly_and_holds_nothing_up(make: MakeNode, change: object) -> None:
     a, b = make(1, wide(1100) + NARROW), make(2, wide(1100) + NARROW)
     for node in (a, b):
-        [skipped] = node.replica.skipped
+        [skipped] = node.replica.schema.skipped
         assert skipped.table == "w"
         assert "it has 1,100 columns, 995 can be replicated" in skipped.reason
         fill(node, 1, "x", 1100)
@@ -70,7 +70,7 @@ def test_i3_a_table_that_is_too_wide_is_skipped_loudly_and_holds_nothing_up(make
 def test_i4_a_table_just_below_the_limit_replicates(make: MakeNode) -> None:
     columns = 995
     a, b = make(1, wide(columns, "UNIQUE") + NARROW), make(2, wide(columns, "UNIQUE") + NARROW)
-    assert not a.replica.skipped
+    assert not a.replica.schema.skipped
     fill(a, 1, "x", columns)
     exchange(a, b)
     concurrent_edit(a, b)
@@ -87,7 +87,7 @@ def test_i4_a_table_just_below_the_limit_replicates(make: MakeNode) -> None:
 
 
 def test_one_column_more_is_too_many(make: MakeNode) -> None:
-    assert [each.table for each in make(1, wide(996)).replica.skipped] == ["w"]
+    assert [each.table for each in make(1, wide(996)).replica.schema.skipped] == ["w"]
 
 
 @old_apsw
@@ -109,7 +109,7 @@ def key_of(columns: int) -> str:
 
 
 def test_a_key_of_too_many_columns_is_skipped(make: MakeNode) -> None:
-    [skipped] = make(1, key_of(481)).replica.skipped
+    [skipped] = make(1, key_of(481)).replica.schema.skipped
     assert skipped.reason == "its key has 481 columns, with 480 of them it could be replicated"
 
 
@@ -117,7 +117,7 @@ def test_a_key_of_too_many_columns_is_skipped(make: MakeNode) -> None:
 def test_a_key_of_many_columns(make: MakeNode) -> None:
     script = key_of(480)
     a, b = make(1, script), make(2, script)
-    assert not a.replica.skipped
+    assert not a.replica.schema.skipped
     a.sql(f"INSERT INTO w VALUES ({', '.join('?' * 481)})", [1] * 481)
     exchange(a, b)
     a.sql("UPDATE w SET c0 = 2")
@@ -130,7 +130,7 @@ def test_a_long_statement_is_not_left_to_an_apsw_that_dies_when_it_fails(make: M
     """With apsw 3.40 a process ends in a statement of more than 16 kB that fails, here in a unique clash."""
     script = wide(300, "UNIQUE", names="a_column_with_a_long_name_{}")
     a, b = make(1, script), make(2, script)
-    assert not a.replica.skipped
+    assert not a.replica.schema.skipped
     fill(a, 1, "clash", 300)
     fill(b, 2, "clash", 300)
     exchange(a, b)
@@ -143,7 +143,7 @@ def test_where_no_statement_for_its_rows_is_short_enough_the_table_is_skipped(
     monkeypatch.setattr("harmonylite.db.schema.LONGEST_SQL", 16_383)
     monkeypatch.setattr(apply, "LONGEST_SQL", 16_383)
     script = wide(300, names="a_column_with_a_rather_long_name_{}") + "; " + NARROW
-    [skipped] = make(1, script).replica.skipped
+    [skipped] = make(1, script).replica.schema.skipped
     assert apsw.apswversion() in skipped.reason
     assert "300 columns are together too long" in skipped.reason
 
